@@ -1,0 +1,207 @@
+"""index.json, read and written: text → Index with every check that makes mapping safe, and Index → text."""
+
+import hashlib
+import json
+import stat
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loader import format as fmt
+from loader.fields import Fields, fail, load
+from loader.format import FormatError, Index, LrOrigin, Plane, Shard, Strings
+
+
+def read_index(folder: Path) -> Index:
+    """Read, check and compare with the files beside it the index of a dataset.
+
+    Raises:
+        FormatError: naming the file, the record, what was expected and what was got.
+    """
+    path = folder / fmt.INDEX
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FormatError(f"{folder}: expected a dataset, a folder with {fmt.INDEX}, got none there") from None
+    except OSError as error:
+        raise FormatError(f"{path}: expected a readable file, got {error.strerror}") from None
+    index = parse_index(text, str(path))
+    for shard in index.shards:
+        _check_file(folder, shard)
+    return index
+
+
+def parse_index(text: bytes, where: str) -> Index:
+    """Parse and check the text of index.json, without looking at the shards' files.
+
+    Args:
+        text: the file's bytes.
+        where: the file's path, for messages.
+
+    Raises:
+        FormatError: naming `where`, the record, what was expected and what was got.
+    """
+    body = text[: -len(_digest_line(b""))]
+    if text[len(body) :] != _digest_line(body):
+        _check_version(text, where)
+        fail(where, "sha256", "as last line the SHA-256 of all lines before it", ascii(text[len(body) :][:78]))
+    top = Fields(load(text, where), where)
+    top.equal("format", fmt.FORMAT)
+    top.equal("version", fmt.VERSION)
+    container = top.choice("container", tuple(fmt.CONTAINERS))
+    made_by = top.text("made_by")
+    lr = _lr_origin(top.object("lr"))
+    shards = tuple(_shards(top.objects("shards"), container))
+
+    images = top.object("images")
+    name = images.strings("name")
+    _check_names(name, f"{where}: images")
+    shard = images.integers("shard", len(name), 0, len(shards) - 1)
+    height, width = (images.integers(key, len(name), 1, fmt.MAX_SIDE) for key in ("height", "width"))
+    images.done()
+
+    fields = top.object("planes")
+    planes = {}
+    for scale in (fmt.HR, *fmt.SCALES):
+        if scale == fmt.HR or fmt.plane_name(scale) in fields:
+            has_source = scale == fmt.HR or lr.made == "given"
+            planes[scale] = _plane(fields.object(fmt.plane_name(scale)), len(name), has_source)
+    fields.done()
+    index = Index(container, made_by, lr, shards, Strings(name), shard, height, width, planes, top.digest("sha256"))
+    top.done()
+    _check_runs(index, where)
+    return index
+
+
+def dump_index(index: Index) -> bytes:
+    """The text of index.json: one line for each field, the last one the digest of the others."""
+    top: dict[str, Any] = {
+        "format": fmt.FORMAT,
+        "version": fmt.VERSION,
+        "container": index.container,
+        "made_by": index.made_by,
+        "lr": {key: value for key, value in vars(index.lr).items() if value is not None},
+        "shards": [vars(shard) for shard in index.shards],
+        "images": {
+            "name": list(index.name),
+            "shard": index.shard.tolist(),
+            "height": index.height.tolist(),
+            "width": index.width.tolist(),
+        },
+        "planes": {fmt.plane_name(scale): _plane_json(plane) for scale, plane in index.planes.items()},
+    }
+    lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)},\n" for key, value in top.items())
+    body = ("{\n" + "".join(lines)).encode()
+    return body + _digest_line(body)
+
+
+def _digest_line(body: bytes) -> bytes:
+    return f'"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+
+
+def _plane_json(plane: Plane) -> dict[str, Any]:
+    columns: dict[str, Any] = {"tile": plane.tile, "offset": plane.offset.tolist(), "crc32": plane.crc32.tolist()}
+    if plane.source is not None and plane.source_sha256 is not None:
+        columns |= {"source": list(plane.source), "source_sha256": list(plane.source_sha256)}
+    return columns
+
+
+def _check_version(text: bytes, where: str) -> None:
+    """Another version may end otherwise: then the version is what to report, not the digest."""
+    start = f'{{\n"format": "{fmt.FORMAT}",\n"version": '.encode()
+    if not text.startswith(start):
+        fail(where, "start", ascii(start.decode()), ascii(text[: len(start)].decode(errors="replace")))
+    version = text[len(start) : len(start) + 9].split(b",")[0].decode(errors="replace")
+    if version != str(fmt.VERSION):
+        fail(where, "version", f"{fmt.VERSION}, the one that this srshards reads", ascii(version))
+
+
+def _check_file(folder: Path, shard: Shard) -> None:
+    """The shard is there, of the length recorded, and no link that leads out of the folder."""
+    path = folder / shard.file
+    try:
+        if path.is_symlink() and path.resolve(strict=True).parent != folder.resolve():
+            fail(str(path), "file", "a file in this folder", f"a link to {path.readlink()}")
+        found = path.stat()
+    except OSError as error:
+        raise FormatError(f"{path}: expected a file of {shard.bytes} bytes, got {error.strerror}") from None
+    if not stat.S_ISREG(found.st_mode) or found.st_size != shard.bytes:
+        fail(str(path), "length", f"a file of {shard.bytes} bytes", f"{found.st_size} bytes")
+
+
+def _lr_origin(fields: Fields) -> LrOrigin:
+    origin = LrOrigin(fields.choice("made", ("imresize", "given")))
+    if origin.made == "imresize":
+        resize, border = fields.choice("resize", fmt.RESIZES), fields.choice("border", fmt.BORDERS)
+        origin = LrOrigin(origin.made, resize, border)
+    fields.done()
+    return origin
+
+
+def _shards(records: list[Fields], container: str) -> Iterator[Shard]:
+    last = -1
+    for fields in records:
+        file = fields.text("file")
+        digits = file.removeprefix("shard-").removesuffix(fmt.CONTAINERS[container])
+        number = int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 16 else -1
+        if number < 0 or file != fmt.shard_file(number, container):
+            fail(fields.where, "file", f"a name such as {fmt.shard_file(0, container)}", ascii(file[:80]))
+        if number <= last:
+            fail(fields.where, "file", f"a number after {last}", ascii(file))
+        last = number
+        yield Shard(file, fields.integer("bytes", 1, 1 << 62), fields.digest("sha256"))
+        fields.done()
+
+
+def _check_names(names: list[str], where: str) -> None:
+    if not names:
+        fail(where, "name", "at least one image", "none")
+    if len(set(names)) < len(names):
+        ordered = sorted(names)
+        fail(where, "name", "each name once", f"{next(a for a, b in pairwise(ordered) if a == b)!r} twice")
+    for i, name in enumerate(names):
+        if not fmt.is_image_name(name):
+            fail(where, f"name[{i}]", "the stem of a file's name", ascii(name[:80]))
+
+
+def _plane(fields: Fields, count: int, has_source: bool) -> Plane:
+    tile = fields.integer("tile", *fmt.TILES)
+    if tile % 16:
+        fail(fields.where, "tile", "a multiple of 16", tile)
+    offset = fields.integers("offset", count, 0, 1 << 62)
+    crc32 = fields.integers("crc32", count, 0, 0xFFFFFFFF)
+    source = source_sha256 = None
+    if has_source:
+        source = Strings(fields.strings("source", count))
+        source_sha256 = Strings(fields.digests("source_sha256", count))
+    fields.done()
+    return Plane(tile, offset, crc32, source, source_sha256)
+
+
+def _check_runs(index: Index, where: str) -> None:
+    """Every run lies within its shard, on a page, and no two share a byte."""
+    count, planes = len(index.name), list(index.planes)
+    side = max(planes)
+    if (small := np.flatnonzero(np.minimum(index.height, index.width) < side)).size:
+        size = f"{index.height[small[0]]} × {index.width[small[0]]}"
+        fail(where, f"image {index.name[small[0]]!r}", f"at least {side} × {side} pixels", size)
+    shard = np.tile(index.shard, len(planes))
+    start = np.concatenate([index.planes[scale].offset for scale in planes])
+    end = start + np.concatenate([index.run_lengths(scale) for scale in planes])
+
+    def run(k: np.int64) -> str:
+        return f"{fmt.plane_name(planes[k // count])} of image {index.name[int(k % count)]!r}"
+
+    if (bad := np.flatnonzero(start % fmt.PAGE)).size:
+        fail(where, run(bad[0]), f"an offset that is a multiple of {fmt.PAGE}", start[bad[0]])
+    if (bad := np.flatnonzero(end > np.array([entry.bytes for entry in index.shards])[shard])).size:
+        k, entry = bad[0], index.shards[shard[bad[0]]]
+        fail(where, run(k), f"a run within the {entry.bytes} bytes of {entry.file}", f"bytes {start[k]} to {end[k]}")
+    order = np.lexsort((start, shard))
+    overlap = (shard[order][1:] == shard[order][:-1]) & (start[order][1:] < end[order][:-1])
+    if (bad := np.flatnonzero(overlap)).size:
+        first, second = order[bad[0]], order[bad[0] + 1]
+        fail(where, run(second), f"a start at {end[first]}, the end of {run(first)}, or later", start[second])

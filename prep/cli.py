@@ -1,0 +1,160 @@
+"""The `prep` command: it parses, calls and reports; the work is done elsewhere, and imported when it is needed."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from loader.format import BORDERS, CONTAINERS, RESIZES, SCALES, ShardsError
+from prep import __version__
+
+DEFAULT_SOURCE = Path("datasets/DIV2K/DIV2K_train_HR")
+WITH_SKIPS = 3  # exit code of a build that left images out
+
+
+class Cli(click.Group):
+    """A group whose commands report the project's own errors as click reports its own: one message, exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except ShardsError as error:
+            raise click.ClickException(str(error)) from None
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="srshards")
+def main() -> None:
+    """Turn folders of images into shards for super-resolution training."""
+    # Parallel work is by processes; a thread pool in each of them, too, would only get in the way.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@main.command("build-shards")
+@click.argument("sources", metavar="[SOURCE]...", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--scale", "scales", type=click.IntRange(min=1), multiple=True, required=True, help="Of 2, 3, 4, 8; may repeat."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the dataset.  [default: shards/<folder name>]")
+@click.option("--format", "container", type=click.Choice(list(CONTAINERS)), default="hdf5", help="Kind of shards.")
+@click.option("--tile", type=int, default=64, help="Side of HR tiles in pixels, a multiple of 16.")
+@click.option("--images-per-shard", type=int, help="[default: a sixteenth of the images, but 8 to 64]")
+@click.option(
+    "--lr", type=click.Path(path_type=Path), help="Pack LR images given as DIR/X4/NAMEx4.png or DIR/NAMEx4.png."
+)
+@click.option(
+    "--resize", type=click.Choice(RESIZES), default=RESIZES[0], help="MATLAB's imresize of uint8, or of im2double."
+)
+@click.option("--border", type=click.Choice(BORDERS), default=BORDERS[0], help="Of MATLAB since R2015b, or before.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
+@click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", help="What to do about a bad image.")
+@click.option("--overwrite", is_flag=True, help="Replace the dataset in the folder.")
+@click.option("--sample", is_flag=True, help="Take the photographs that scikit-image carries.")
+def build_shards(
+    sources: tuple[Path, ...],
+    scales: tuple[int, ...],
+    out: Path | None,
+    container: str,
+    tile: int,
+    images_per_shard: int | None,
+    lr: Path | None,
+    resize: str,
+    border: Any,
+    workers: int | None,
+    on_error: str,
+    overwrite: bool,
+    sample: bool,
+) -> None:
+    """Build a dataset of shards from images.
+
+    SOURCE: folders (with all folders in them) or image files; without any, datasets/DIV2K/DIV2K_train_HR. HR is
+    stored beside LR of each --scale.
+    """
+    if wrong := sorted(set(scales) - set(SCALES)):
+        raise click.UsageError(f"--scale: expected some of {', '.join(map(str, SCALES))}, got {wrong[0]}")
+    if sample and (sources or lr):
+        raise click.UsageError("--sample takes neither sources nor --lr")
+    if len(sources) > 1 and out is None:
+        raise click.UsageError("--out is required with several sources")
+    from prep.build import build_dataset, plan_shards
+    from prep.build import images_per_shard as default_count
+    from prep.images import find_images
+    from prep.progress import Progress
+    from prep.shard import Recipe
+
+    start = time.monotonic()
+    paths = _sources(sources, sample)
+    images = find_images(paths)
+    folder = out or Path("shards", "sample" if sample else paths[0].resolve().stem)
+    recipe = Recipe(
+        tuple(sorted(set(scales))),
+        container,
+        tile,
+        images_per_shard if images_per_shard is not None else default_count(len(images)),
+        resize,
+        border,
+        lr is not None,
+    )
+    plans = plan_shards(images, recipe, folder, lr)
+    signal.signal(signal.SIGTERM, _interrupt)
+    with Progress(len(images), "image") as progress:
+        summary = build_dataset(
+            plans, workers or _cores(), skip_bad=on_error == "skip", overwrite=overwrite, report=progress
+        )
+    seconds = time.monotonic() - start
+    count = len(summary.index.name)
+    click.echo(
+        f"{folder}: {count} images in {len(summary.index.shards)} shards, {summary.bytes / 1e6:.1f} MB, "
+        f"{seconds:.1f} s, {count / seconds:.1f} images/s"
+    )
+    if summary.bad:
+        click.echo("\n  ".join([f"left out {len(summary.bad)}, also listed in skipped.json:", *summary.bad]), err=True)
+        sys.exit(WITH_SKIPS)
+
+
+@main.command()
+@click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--system", is_flag=True, help="Tell of this machine, and which kernels are in use, instead.")
+def info(folder: Path | None, as_json: bool, system: bool) -> None:
+    """Print what is in the dataset at DIR."""
+    if (folder is None) != system:
+        raise click.UsageError("expected either DIR or --system")
+    from prep.info import dataset_lines, describe_dataset, describe_system, system_lines
+
+    facts = describe_dataset(folder) if folder else describe_system()
+    lines = [json.dumps(facts, indent=1)] if as_json else (dataset_lines if folder else system_lines)(facts)
+    click.echo("\n".join(lines))
+
+
+def _sources(sources: tuple[Path, ...], sample: bool) -> list[Path]:
+    if sample:
+        from prep.sample import sample_photographs
+
+        return sample_photographs()
+    if sources or DEFAULT_SOURCE.exists():
+        return list(sources or [DEFAULT_SOURCE])
+    raise ShardsError(
+        f"{DEFAULT_SOURCE}: expected the DIV2K training images there, since no SOURCE was named, got nothing; "
+        "name a folder of images, or try --sample, which takes the photographs of scikit-image"
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End on SIGTERM as on Ctrl-C: workers are stopped and temporary files removed."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""One writer per container: each puts the tiles of image after image into a shard, as page-aligned runs.
+
+Both write the same bytes for the same calls: neither records a time, and padding is zero.
+"""
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import h5py
+import numpy as np
+from h5py import h5d, h5f, h5g, h5p, h5s, h5t
+from numpy.typing import NDArray
+
+from loader.format import CHANNELS, HR, PAGE, ShardsError, plane_group
+
+Pixels = NDArray[np.uint8]
+
+
+class ShardWriter(Protocol):
+    """Writes one shard; a context manager, after which the file is whole and on the disk."""
+
+    def write(self, scale: int, name: str, height: int, width: int, tiles: Pixels) -> int:
+        """Store the tiles (rows, cols, T, T, 3) of one image of one plane; return the offset of their run in bytes."""
+
+    def __enter__(self) -> "ShardWriter": ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_writer(container: str, path: Path, scales: tuple[int, ...], smallest_run: int) -> ShardWriter:
+    """The writer of a container ("hdf5" or "raw") for a new file with planes of these scales besides HR.
+
+    `smallest_run` is the size in bytes of the smallest tile, from which on a run is aligned to a page.
+    """
+    if container == "raw":
+        return RawWriter(path)
+    return HDF5Writer(path, scales, smallest_run)
+
+
+class RawWriter:
+    """Runs back to back, each starting on a page, with zeros between."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb")
+
+    def write(self, scale: int, name: str, height: int, width: int, tiles: Pixels) -> int:
+        """See ShardWriter; a flat file needs neither names nor sizes."""
+        self._file.write(bytes(-self._file.tell() % PAGE))
+        offset = self._file.tell()
+        self._file.write(np.ascontiguousarray(tiles).data)
+        return offset
+
+    def __enter__(self) -> "RawWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+
+class HDF5Writer:
+    """An ordinary HDF5 file with a dataset (H, W, 3) per image and plane, chunked in tiles, without filters.
+
+    With chunks of known number, allocated early and never filled, libhdf5 keeps no index of chunks: they lie in
+    row-major order in one block (HDF5 File Format Specification 4.0, "implicit" index). The writer checks that they do.
+    """
+
+    def __init__(self, path: Path, scales: tuple[int, ...], smallest_run: int) -> None:
+        self._path = path
+        access = h5p.create(h5p.FILE_ACCESS)
+        access.set_libver_bounds(h5f.LIBVER_V110, h5f.LIBVER_V110)  # one fixed version: the same bytes everywhere
+        access.set_alignment(smallest_run, PAGE)
+        self._file = h5f.create(os.fsencode(path), h5f.ACC_EXCL, _untimed(h5p.FILE_CREATE), access)
+        untimed = _untimed(h5p.GROUP_CREATE)
+        self._groups = {HR: h5g.create(self._file, plane_group(HR).encode(), gcpl=untimed)}
+        if scales:
+            h5g.create(self._file, plane_group(scales[0]).split("/")[0].encode(), gcpl=untimed)
+        for scale in scales:
+            self._groups[scale] = h5g.create(self._file, plane_group(scale).encode(), gcpl=untimed)
+
+    def write(self, scale: int, name: str, height: int, width: int, tiles: Pixels) -> int:
+        """See ShardWriter."""
+        rows, cols, side = tiles.shape[:3]
+        creation = _untimed(h5p.DATASET_CREATE)
+        creation.set_chunk((side, side, CHANNELS))
+        creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+        creation.set_fill_time(h5d.FILL_TIME_NEVER)
+        # Chunks may not exceed the largest extent: it is rounded up to whole tiles.
+        space = h5s.create_simple((height, width, CHANNELS), (rows * side, cols * side, CHANNELS))
+        dataset = h5d.create(self._groups[scale], name.encode(), h5t.STD_U8LE, space, creation)
+        for row in range(rows):
+            for col in range(cols):
+                dataset.write_direct_chunk((row * side, col * side, 0), tiles[row, col])
+        return self._run(dataset, rows, cols, side)
+
+    def _run(self, dataset: h5d.DatasetID, rows: int, cols: int, side: int) -> int:
+        chunks: list[h5d.StoreInfo] = []
+        dataset.chunk_iter(chunks.append)
+        chunks.sort(key=lambda chunk: chunk.chunk_offset)
+        size = side * side * CHANNELS
+        first = int(chunks[0].byte_offset)
+        found = [(chunk.byte_offset, chunk.size) for chunk in chunks]
+        if first % PAGE or found != [(first + i * size, size) for i in range(rows * cols)]:
+            raise ShardsError(
+                f"{self._path}: {h5py.h5i.get_name(dataset).decode()}: expected {rows * cols} chunks of {size} bytes "
+                f"in one run that starts on a page, got another layout from byte {first} on (HDF5 "
+                f"{h5py.version.hdf5_version})"
+            )
+        return first
+
+    def __enter__(self) -> "HDF5Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for group in self._groups.values():
+            group.close()
+        self._file.close()
+        if kind is None:
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _untimed(kind: h5p.PropClassID) -> h5p.PropInstanceID:
+    """Creation properties without time stamps."""
+    properties = h5p.create(kind)
+    properties.set_obj_track_times(False)
+    return properties

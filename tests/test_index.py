@@ -1,0 +1,198 @@
+"""index.json: it survives a round trip, and each way in which it can be wrong has its error."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loader.format import FormatError, Strings
+from loader.index import dump_index, parse_index, read_index
+
+
+def resign(fields: dict[str, Any]) -> bytes:
+    """The text of an index of these fields, with the digest that belongs to them."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in fields.items() if key != "sha256"]
+    body = ("{\n" + "".join(lines)).encode()
+    return body + f'"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+
+
+@pytest.fixture
+def fields(dataset: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((dataset / "index.json").read_text(encoding="utf-8"))
+    return value
+
+
+def test_round_trip(dataset: Path) -> None:
+    text = (dataset / "index.json").read_bytes()
+    index = parse_index(text, "here")
+    assert dump_index(index) == text
+    assert list(index.name) == ["a", "b", "c", "d e", "ü"]
+    assert index.sizes(3)[0].tolist() == [42, 43, 21, 21, 66]
+    assert index.scales == (2, 3, 4)
+    assert index.sha256 == hashlib.sha256(text[: text.rindex(b'"sha256": "')]).hexdigest()
+
+
+def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """An edit that puts a value at a place such as images.height.0; `...` removes what is there."""
+
+    def edit(fields: dict[str, Any]) -> None:
+        *inner, last = path.split(".")
+        place: Any = fields
+        for key in inner:
+            place = place[int(key) if isinstance(place, list) else key]
+        if value is ...:
+            del place[int(last) if isinstance(place, list) else last]
+        else:
+            place[int(last) if isinstance(place, list) else last] = value
+
+    return edit
+
+
+EDITS = {
+    "format": (change("format", "zarr"), "format: expected 'srshards', got str 'zarr'"),
+    "version": (change("version", 2), "version: expected 1, got int 2"),
+    "version type": (change("version", True), "version: expected int, got bool True"),
+    "container": (change("container", "zip"), "container: expected one of hdf5, raw, got str 'zip'"),
+    "unknown field": (change("extra", 1), "fields: expected no others, got 'extra'"),
+    "unknown lr field": (change("lr.extra", 1), "lr: fields: expected no others, got 'extra'"),
+    "lr made": (change("lr.made", "pillow"), "lr: made: expected one of imresize, given"),
+    "missing field": (change("shards", ...), "shards: expected this field, got none"),
+    "shard no object": (change("shards.0", 7), r"shards\[0\]: value: expected an object, got int"),
+    "absolute path": (change("shards.0.file", "/etc/passwd"), r"shards\[0\]: file: expected a name such as"),
+    "path upwards": (change("shards.0.file", "../shard-00000.h5"), r"shards\[0\]: file: expected a name such as"),
+    "shard twice": (lambda f: f["shards"].insert(1, f["shards"][0]), r"shards\[1\]: file: expected a number after 0"),
+    "negative length": (change("shards.0.bytes", -1), r"shards\[0\]: bytes: expected 1 to .*, got int -1"),
+    "short digest": (change("shards.0.sha256", "ab"), r"shards\[0\]: sha256: expected 64 hex digits"),
+    "no images": (change("images.name", []), "name: expected at least one image, got none"),
+    "name twice": (change("images.name.1", "a"), "name: expected each name once, got 'a' twice"),
+    "name with slash": (change("images.name.1", "x/y"), r"name\[1\]: expected the stem"),
+    "name empty": (change("images.name.1", ""), r"name\[1\]: expected the stem"),
+    "name half a surrogate": (change("images.name.1", "\ud800"), "name: expected text that UTF-8 can hold"),
+    "height zero": (change("images.height.1", 0), r"height\[1\]: expected 1 to 1048576, got int 0"),
+    "height huge": (change("images.height.1", 10**30), r"height\[1\]: expected 1 to 1048576, got int 1000"),
+    "height text": (change("images.height.1", "9"), r"height\[1\]: expected int, got str '9'"),
+    "height true": (change("images.height.1", True), r"height\[1\]: expected int, got bool True"),
+    "height missing": (change("images.height.1", ...), "height: expected 5 entries, one per image, got 4"),
+    "float": (change("images.height.1", 1.5), "number: expected integers only, got 1.5"),
+    "NaN": (change("images.height.1", float("nan")), "number: expected integers only, got NaN"),
+    "shard number": (change("images.shard.4", 3), r"shard\[4\]: expected 0 to 2, got int 3"),
+    "too small for ×4": (change("images.width.2", 3), "image 'c': expected at least 4 × 4 pixels, got 64 × 3"),
+    "no HR": (change("planes.HR", ...), "HR: expected this field, got none"),
+    "unknown plane": (change("planes.X5", {}), "planes: fields: expected no others, got 'X5'"),
+    "tile odd": (change("planes.X2.tile", 33), "planes: X2: tile: expected a multiple of 16, got 33"),
+    "tile huge": (change("planes.X2.tile", 4096), "tile: expected 16 to 1024"),
+    "LR with source": (change("planes.X2.source", ["a"] * 5), "X2: fields: expected no others, got 'source'"),
+    "crc": (change("planes.X2.crc32.0", 1 << 32), r"crc32\[0\]: expected 0 to 4294967295"),
+    "source digest": (change("planes.HR.source_sha256.3", "0" * 63 + "g"), r"source_sha256\[3\]: expected 64 hex"),
+    "offset unaligned": (change("planes.X4.offset.2", 4097), "X4 of image 'c': expected an offset that is a multiple"),
+    "offset outside": (change("planes.X4.offset.2", 1 << 40), "X4 of image 'c': expected a run within the .* bytes of"),
+    "overlap": (
+        lambda f: f["planes"]["X4"]["offset"].__setitem__(0, f["planes"]["HR"]["offset"][0]),
+        "of image 'a': expected a start at .* or later",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_wrong_fields(fields: dict[str, Any], case: str) -> None:
+    edit, message = EDITS[case]
+    edit(fields)
+    with pytest.raises(FormatError, match=message) as caught:
+        parse_index(resign(fields), "some/index.json")
+    assert str(caught.value).startswith("some/index.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "start: expected"),
+        (b"\x89HDF\r\n", "start: expected"),
+        (b'{\n"format": "srshards",\n"version": 99,\n"new": 1\n}\n', "version: expected 1, .* got '99'"),
+        (b"{\n" + b'"a": ' * 3 + b"[" * 100_000, "start: expected"),
+    ],
+)
+def test_wrong_text(text: bytes, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        parse_index(text, "here")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"[" * 100_000, "expected a JSON object"),
+        (b'{\n"a": ' + b"9" * 5000 + b",\n", "expected a JSON object"),
+        (b'{\n"a": 1,\n"a": 2,\n', "each key once, got 'a' twice"),
+        (b'{\n"a": "\xff",\n', "expected a JSON object in UTF-8"),
+        (b"[1,\n", "expected a JSON object"),
+    ],
+)
+def test_wrong_json(body: bytes, message: str) -> None:
+    """Text that ends in its right digest, yet is not what it should be."""
+    text = body + f'"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+    with pytest.raises(FormatError, match=message):
+        parse_index(text, "here")
+
+
+def test_any_changed_byte_is_found(dataset: Path) -> None:
+    text = (dataset / "index.json").read_bytes()
+    for at in np.linspace(0, len(text) - 1, 150).astype(int):
+        changed = bytearray(text)
+        changed[at] ^= 1
+        with pytest.raises(FormatError):
+            parse_index(bytes(changed), "here")
+    for length in (0, 1, 2, 77, 78, 79, len(text) - 1):
+        with pytest.raises(FormatError):
+            parse_index(text[:length], "here")
+    with pytest.raises(FormatError):
+        parse_index(text + b"\n", "here")
+
+
+def test_files_beside_the_index(dataset: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    shard = copy / read_index(copy).shards[1].file
+    data = shard.read_bytes()
+
+    shard.write_bytes(data[:-1])
+    with pytest.raises(FormatError, match=f"{shard.name}: length: expected a file of {len(data)} bytes, got"):
+        read_index(copy)
+    shard.write_bytes(data + b"\0")
+    with pytest.raises(FormatError, match=f"got {len(data) + 1} bytes"):
+        read_index(copy)
+    shard.unlink()
+    with pytest.raises(FormatError, match=rf"{shard.name}: expected a file of .* got No such file"):
+        read_index(copy)
+    shard.mkdir()
+    with pytest.raises(FormatError, match=f"{shard.name}: length"):
+        read_index(copy)
+    shard.rmdir()
+    (tmp_path / "elsewhere").write_bytes(data)
+    shard.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FormatError, match="expected a file in this folder, got a link to"):
+        read_index(copy)
+
+
+def test_no_dataset_there(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(FormatError, match="expected a dataset, a folder with index.json, got none there"):
+            read_index(place)
+    (tmp_path / "index.json").mkdir()
+    with pytest.raises(FormatError, match="expected a readable file, got Is a directory"):
+        read_index(tmp_path)
+
+
+def test_strings_are_a_sequence() -> None:
+    words = ["", "a", "zwölf", "日本"]
+    column = Strings(words)
+    assert list(column) == words
+    assert column[1:3] == words[1:3]
+    assert column[-1] == "日本"
+    assert "zwölf" in column
+    with pytest.raises(IndexError):
+        column[4]
+    assert list(Strings([])) == []
