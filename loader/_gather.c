@@ -7,12 +7,38 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { CHANNELS = 3 };
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define VECTORS __attribute__((target_clones("avx2", "default")))
+#else
+#define VECTORS
+#endif
 
-static void gather_crop(const uint8_t *tiles, int64_t cols, int64_t tile, int64_t top, int64_t left,
-                        int64_t height, int64_t width, uint8_t *out)
+#if defined(__GNUC__)
+#define PREFETCH(address) __builtin_prefetch(address)
+#else
+#define PREFETCH(address) ((void)0)
+#endif
+
+enum { CHANNELS = 3, CACHE_LINE = 64 };
+
+/* Copy `lines` rows of `bytes`, and ask for as many bytes from `next` on, so that they wait in the cache when their
+   turn comes: tiles lie in many places, and the processor cannot guess the next one. */
+static inline __attribute__((always_inline)) void copy_rows(uint8_t *to, int64_t to_step, const uint8_t *from,
+                                                            int64_t from_step, int64_t lines, int64_t bytes,
+                                                            const uint8_t *next)
 {
-    const int64_t tile_row = tile * CHANNELS, out_row = width * CHANNELS;
+    for (int64_t i = 0; i < lines; i++, to += to_step, from += from_step, next += from_step) {
+        for (int64_t at = 0; at < from_step; at += CACHE_LINE)
+            PREFETCH(next + at);
+        memcpy(to, from, (size_t)bytes);
+    }
+}
+
+VECTORS
+static void gather_crop(const uint8_t *tiles, int64_t cols, int64_t tile, int64_t top, int64_t left, int64_t height,
+                        int64_t width, uint8_t *out)
+{
+    const int64_t tile_row = tile * CHANNELS, tile_bytes = tile * tile_row, out_row = width * CHANNELS;
 
     for (int64_t y = 0; y < height;) {
         const int64_t row = (top + y) / tile, in_y = (top + y) % tile;
@@ -21,15 +47,20 @@ static void gather_crop(const uint8_t *tiles, int64_t cols, int64_t tile, int64_
         for (int64_t x = 0; x < width;) {
             const int64_t col = (left + x) / tile, in_x = (left + x) % tile;
             const int64_t pixels = tile - in_x < width - x ? tile - in_x : width - x;
-            const uint8_t *from = tiles + (((row * cols + col) * tile + in_y) * tile + in_x) * CHANNELS;
+            const uint8_t *corner = tiles + (row * cols + col) * tile_bytes + in_y * tile_row;
+            const uint8_t *from = corner + in_x * CHANNELS;
             uint8_t *to = out + (y * width + x) * CHANNELS;
+            /* the tile to the right, or the first one of the next row; the last tile of all asks for itself */
+            const uint8_t *next = corner;
+            if (x + pixels < width)
+                next = corner + tile_bytes;
+            else if (y + lines < height)
+                next = tiles + ((row + 1) * cols + left / tile) * tile_bytes;
 
-            if (pixels == 64) /* whole tiles of the default size: a constant length is copied inline */
-                for (int64_t i = 0; i < lines; i++, from += tile_row, to += out_row)
-                    memcpy(to, from, 64 * CHANNELS);
+            if (pixels == 64 && tile == 64) /* whole tiles of the default size: constant lengths are copied inline */
+                copy_rows(to, out_row, from, 64 * CHANNELS, lines, 64 * CHANNELS, next);
             else
-                for (int64_t i = 0; i < lines; i++, from += tile_row, to += out_row)
-                    memcpy(to, from, (size_t)(pixels * CHANNELS));
+                copy_rows(to, out_row, from, tile_row, lines, pixels * CHANNELS, next);
             x += pixels;
         }
         y += lines;

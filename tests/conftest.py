@@ -25,7 +25,8 @@ def photograph(height: int, width: int, seed: int = 0) -> Pixels:
     coarse = rng.integers(0, 256, (height // 9 + 2, width // 9 + 2, 3), np.uint8)
     smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
     noise = rng.integers(-20, 21, (height, width, 3))
-    return np.clip(smooth + noise, 0, 255).astype(np.uint8)
+    pixels: Pixels = np.clip(smooth + noise, 0, 255).astype(np.uint8)
+    return pixels
 
 
 def write_image(path: Path, rgb: Pixels) -> None:

@@ -16,6 +16,7 @@ RULES: list[tuple[str, set[str]]] = [
     ("prep.", {"prep", *(f"loader.{name}" for name in NUMPY_ONLY)}),
     ("loader.", {"loader"}),
     ("model.evaluate", {"loader", "model", "prep.imresize", "prep.images"}),
+    ("model.checkpoints", {"model.shufflemixer"}),
     ("model.", set()),
     ("train", {"loader", "model"}),
 ]

@@ -28,7 +28,8 @@ def plane(shards: Shards, image: int, scale: int) -> Pixels:
     out = np.empty((1, height, width, 3), np.uint8)
     zero = np.zeros(1, np.int64)
     shards.gather(scale, np.array([image]), zero, zero, out)
-    return out[0]
+    pixels: Pixels = out[0]
+    return pixels
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -33,20 +33,20 @@ def test_samples_are_the_crops_they_say(dataset: Path, pictures: dict[str, Pixel
     """The slow path: decode, crop, shrink, slice, transform."""
     data = PatchDataset(dataset, scale, patch, length=60, seed=5, too_small="skip")
     whole = {}
-    for name, hr in pictures.items():
-        hr = hr[: hr.shape[0] // scale * scale, : hr.shape[1] // scale * scale]
-        whole[name] = (imresize(hr, scale), hr)
+    for name, pixels in pictures.items():
+        cropped = pixels[: pixels.shape[0] // scale * scale, : pixels.shape[1] // scale * scale]
+        whole[name] = (imresize(cropped, scale), cropped)
     pairs = data.__getitems__(list(range(60)))
     seen = set()
     for n, (lr, hr) in enumerate(pairs):
         crop = data.crop(n)
         seen.add((crop.image, crop.transform))
-        for pixels, zoom, full in ((lr, 1, whole[crop.image][0]), (hr, scale, whole[crop.image][1])):
+        for found, zoom, full in ((lr, 1, whole[crop.image][0]), (hr, scale, whole[crop.image][1])):
             side, top, left = patch * zoom, crop.top * zoom, crop.left * zoom
             expected = transform(full[top : top + side, left : left + side], crop.transform)
-            assert pixels.shape == (3, side, side)
-            assert pixels.dtype == torch.uint8
-            np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), expected)
+            assert found.shape == (3, side, side)
+            assert found.dtype == torch.uint8
+            np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), expected)
         alone = data[n]
         assert torch.equal(alone[0], lr)
         assert torch.equal(alone[1], hr)
@@ -179,6 +179,5 @@ def test_no_crop_beyond_an_image(dataset: Path) -> None:
     shards = Shards(dataset)
     out = np.empty((1, 8, 8, 3), np.uint8)
     for top, left in ((-1, 0), (0, -1), (125, 0), (0, 190)):
-        corner = [np.array([n]) for n in (0, top, left)]
         with pytest.raises(IndexError, match=r"HR of image 'a' is 128 × 192: no crop of 8 × 8 at"):
-            shards.gather(1, *corner, out)
+            shards.gather(1, np.array([0]), np.array([top]), np.array([left]), out)

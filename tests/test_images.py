@@ -3,6 +3,7 @@
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,9 +19,9 @@ RGB = photograph(23, 31)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    image.save(file, kind, **options)  # type: ignore[arg-type]
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -28,7 +29,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 def test_kinds_of_files(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"a{suffix}"
     smooth = cv2.GaussianBlur(RGB, (0, 0), 4)
-    options = {"lossless": True} if suffix == ".webp" else {}
+    options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
     Image.fromarray(smooth).save(file, **options)
     pixels = read_image(file)
     assert pixels.dtype == np.uint8
