@@ -1,7 +1,9 @@
 """Shards built side by side in processes that share a count of images done and a wish to stop."""
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from ctypes import c_bool, c_long
@@ -62,9 +64,16 @@ _shared: dict[str, Any] = {}
 
 
 def _start_worker(done: Any, stop: Any, skip_bad: bool) -> None:
-    """Interrupts are for the parent, which then asks the workers to stop."""
+    """Interrupts are for the parent, which then asks the workers to stop; they do not outlive it if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _shared.update(done=done, stop=stop, skip_bad=skip_bad)
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _build_in_worker(plan: ShardPlan) -> ShardRecord:

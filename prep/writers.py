@@ -3,7 +3,11 @@
 Both write the same bytes for the same calls: neither records a time, and padding is zero.
 """
 
+import contextlib
+import errno
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -78,6 +82,7 @@ class HDF5Writer:
         access = h5p.create(h5p.FILE_ACCESS)
         access.set_libver_bounds(h5f.LIBVER_V110, h5f.LIBVER_V110)  # one fixed version: the same bytes everywhere
         access.set_alignment(smallest_run, PAGE)
+        access.set_fclose_degree(h5f.CLOSE_STRONG)  # closing the file closes all that is in it
         self._file = h5f.create(os.fsencode(path), h5f.ACC_EXCL, _untimed(h5p.FILE_CREATE), access)
         untimed = _untimed(h5p.GROUP_CREATE)
         self._groups = {HR: h5g.create(self._file, plane_group(HR).encode(), gcpl=untimed)}
@@ -88,6 +93,10 @@ class HDF5Writer:
 
     def write(self, scale: int, name: str, height: int, width: int, tiles: Pixels) -> int:
         """See ShardWriter."""
+        with _plain_errors(self._path):
+            return self._write(scale, name, height, width, tiles)
+
+    def _write(self, scale: int, name: str, height: int, width: int, tiles: Pixels) -> int:
         rows, cols, side = tiles.shape[:3]
         creation = _untimed(h5p.DATASET_CREATE)
         creation.set_chunk((side, side, CHANNELS))
@@ -122,12 +131,29 @@ class HDF5Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for group in self._groups.values():
-            group.close()
-        self._file.close()
-        if kind is None:
-            with self._path.open("rb") as file:
-                os.fsync(file.fileno())
+        try:
+            if kind is None:
+                with _plain_errors(self._path):
+                    self._file.close()
+                with self._path.open("rb") as file:
+                    os.fsync(file.fileno())
+        finally:
+            if self._file:
+                # What libhdf5 could not write it tries again when it closes the file: give it room on a full disk.
+                os.truncate(self._path, 0)
+                with contextlib.suppress(OSError, RuntimeError):
+                    self._file.close()
+
+
+@contextlib.contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """Turn what libhdf5 raises, a page of its variables, into the error of the system that it met."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        number = re.search(r"errno = (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def _untimed(kind: h5p.PropClassID) -> h5p.PropInstanceID:

@@ -117,8 +117,8 @@ def test_info_needs_a_dataset() -> None:
     assert json.loads(prep("info", "--system", "--json").output)["kernels"].keys() == {"downscaling", "gather"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_build_leaves_nothing(number: int) -> None:
+def long_build() -> subprocess.Popen[str]:
+    """A build by two workers that has begun, and takes a while."""
     for i in range(60):
         write_image(Path(f"in/{i}.png"), photograph(600, 600, i % 3))
     command = [sys.executable, "-m", "prep.cli", "build-shards", "in", "--scale", "2", "--scale", "8", "--workers", "2"]
@@ -128,10 +128,27 @@ def test_an_interrupted_build_leaves_nothing(number: int) -> None:
         if list(Path().glob("shards/in/*.part")) or process.poll() is not None:
             break
         time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_leaves_nothing(number: int) -> None:
+    process = long_build()
     process.send_signal(number)
     assert process.communicate(timeout=60)[1].strip() == "Aborted!"
     assert process.returncode == 1
     assert not Path("shards/in").exists()
+
+
+def test_a_killed_build_is_no_dataset_and_can_be_run_again() -> None:
+    process = long_build()
+    process.kill()
+    process.communicate(timeout=60)  # returns when the workers, too, have closed stderr: none outlives its parent
+    assert list(Path("shards/in").glob("*.part"))
+    assert prep("info", "shards/in").exit_code == 1
+    assert prep("build-shards", "in", "--scale", 2, "--workers", 2).exit_code == 0
+    assert not list(Path("shards/in").glob("*.part"))
+    assert len(read_index(Path("shards/in")).name) == 60
 
 
 def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,3 +157,20 @@ def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:
         for done in (10, 50, 60):
             progress(done)
     assert capsys.readouterr().err == "50/100 images, 11 s, 4.5 images/s, 11 s left\n"
+
+
+@pytest.mark.parametrize("container", ["hdf5", "raw"])
+@pytest.mark.parametrize("limit", [10_000, 150_000])
+def test_a_disk_that_takes_no_more(folder: Path, container: str, limit: int) -> None:
+    """A limit on the size of files stands in for a full disk: writes fail half-way, and so does closing."""
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        f"from prep.cli import main; main(['build-shards', {str(folder)!r}, '--scale', '2', '--workers', '1', "
+        f"'--format', {container!r}, '--out', 'out'])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert "could not be written: File too large" in run.stderr
+    assert not Path("out").exists()
