@@ -13,31 +13,27 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from loader import ImageDataset, PatchDataset, ShardsError
+from loader import ImageDataset, PatchDataset, PatchLoader, ShardsError, to_float
 from model.checkpoints import CheckpointError, infer_config, read_raw
 from model.evaluate import network_upscaler, pick_device, score_pairs, shard_pairs
 from model.losses import LossConfig, Losses, combined
 from model.metrics import Scores, mean_scores
 from model.shufflemixer import PRESETS, ShuffleMixer, ShuffleMixerConfig
 
-Batch = tuple[Tensor, Tensor]  # lr, hr: uint8 (N, 3, p, p) and (N, 3, p·scale, p·scale), channels last
 ADAM_BETAS = (0.9, 0.99)
-COUNTS = ("iterations", "batch_size", "lr_patch", "validate_every", "checkpoint_every", "log_every")
+COUNTS = ("iterations", "batch_size", "lr_patch", "workers", "validate_every", "checkpoint_every", "log_every")
 RANGES = {
     **dict.fromkeys(COUNTS, (1, math.inf)),
-    **dict.fromkeys(("learning_rate", "fft_weight", "workers"), (0, math.inf)),
+    **dict.fromkeys(("learning_rate", "fft_weight"), (0, math.inf)),
     **{"ema_decay": (0, 1), "seed": (0, 2**63)},
 }
 
@@ -56,7 +52,7 @@ class Config:
     learning_rate: float = 5e-4
     fft_weight: float = 0.1
     ema_decay: float = 0.999
-    workers: int = 1
+    workers: int = 2
     seed: int = 0
     device: str = "auto"
     valid_shards: str | None = None
@@ -83,40 +79,6 @@ def open_patches(config: Config) -> PatchDataset:
         raise ShardsError(str(error).replace('too_small="skip"', "--skip-small")) from error
 
 
-def batches(data: PatchDataset, batch_size: int, sample: int, workers: int, pin: bool) -> Iterator[Batch]:
-    """Give batches for ever, from global sample number `sample` on: number n is sample n % len of epoch n // len.
-
-    A batch may span epochs: every batch is full, and the stream does not depend on where it was resumed.
-    """
-    held: list[Batch] = []
-    missing = batch_size
-    while True:
-        epoch, first = divmod(sample, len(data))
-        data.set_epoch(epoch)
-        cuts = [first, *range(first + missing, len(data), batch_size), len(data)]
-        parts = (list(range(start, stop)) for start, stop in pairwise(cuts))
-        for part in DataLoader(data, batch_sampler=parts, num_workers=workers, collate_fn=collate, pin_memory=pin):
-            held.append(part)
-            missing -= len(part[0])
-            if missing == 0:
-                lr, hr = (torch.cat(side) if len(held) > 1 else side[0] for side in zip(*held, strict=True))
-                yield lr, hr
-                held, missing = [], batch_size
-        sample += len(data) - first
-
-
-def collate(samples: list[Batch]) -> Batch:
-    """Stack samples as they lie in memory, channels last: torch's own collating would rearrange the bytes."""
-    lr, hr = (torch.stack([image.permute(1, 2, 0) for image in side]) for side in zip(*samples, strict=True))
-    return lr.permute(0, 3, 1, 2), hr.permute(0, 3, 1, 2)
-
-
-def to_floats(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch to the device as bytes, and only there make it float32 in [0, 1]."""
-    lr, hr = (part.to(device, non_blocking=True).float().div_(255) for part in batch)
-    return lr, hr
-
-
 @dataclass
 class State:
     """Everything that training changes: what a checkpoint must hold for a run to continue as if never stopped."""
@@ -137,7 +99,7 @@ def new_state(config: Config, device: torch.device) -> State:
     return State(network, copy.deepcopy(network).requires_grad_(False), optimiser)
 
 
-def train_step(state: State, batch: Batch, config: Config) -> Losses:
+def train_step(state: State, batch: tuple[Tensor, Tensor], config: Config) -> Losses:
     """Learn from one float batch: descend, then let the average of the weights follow."""
     lr, hr = batch
     losses = combined(state.network(lr), hr, LossConfig(config.fft_weight))
@@ -276,12 +238,14 @@ def train(config: Config) -> None:
         f"{state.network.multiply_accumulates() / 1e9:.2f} GMACs for 1280 x 720, on {device}; "
         f"{len(data):,} samples per epoch from {config.shards}; {state.iteration} iterations done"
     )
-    stream = batches(data, config.batch_size, state.sample, config.workers, pin=device.type == "cuda")
+    pinned = device.type == "cuda"
+    loader = PatchLoader(data, config.batch_size, start=state.sample, threads=config.workers, pin_memory=pinned)
+    stream = iter(loader)
     while state.iteration < config.iterations:
         asked = time.perf_counter()
         batch = next(stream)
         progress.waited += time.perf_counter() - asked
-        progress.add(train_step(state, to_floats(batch, device), config))
+        progress.add(train_step(state, to_float(batch, device), config))
 
         due = {
             every: state.iteration % every == 0 or state.iteration == config.iterations
@@ -309,7 +273,7 @@ def train(config: Config) -> None:
 @click.option("--learning-rate", default=Config.learning_rate, help="Adam's, constant.")
 @click.option("--fft-weight", default=Config.fft_weight, help="Weight of the FFT loss beside L1; 0 leaves it out.")
 @click.option("--ema-decay", default=Config.ema_decay, help="Of the weights' average; less in the first steps.")
-@click.option("--workers", default=Config.workers, help="Processes that read data; 0 reads in this one.")
+@click.option("--workers", default=Config.workers, help="Threads that gather batches.")
 @click.option("--seed", default=Config.seed, help="Of the first weights and of all samples.")
 @click.option("--device", default=Config.device, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--valid-shards", help="Dataset to validate on, at this scale too.")
@@ -327,9 +291,7 @@ def main(**options: Any) -> None:
     try:
         train(config)
     except (ShardsError, CheckpointError, OSError) as error:
-        # A DataLoader worker's error arrives as its whole traceback, whose last line says what is wrong.
-        text = str(error).strip()
-        raise click.ClickException(text.splitlines()[-1] if text.startswith("Caught ") else text) from error
+        raise click.ClickException(str(error)) from error
 
 
 if __name__ == "__main__":

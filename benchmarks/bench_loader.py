@@ -23,7 +23,7 @@ from common import machine, make_mosaics, rounds, table
 from rivals import Read, h5py_slices, memcpy, ours, places, png
 
 from loader import PatchDataset
-from loader import shards as shards_module
+from loader import tiles as tiles_module
 from prep.build import build_dataset, images_per_shard, plan_shards
 from prep.images import find_images
 from prep.shard import Recipe
@@ -75,13 +75,13 @@ def measure(data: PatchDataset, batch_size: int, count: int, work: Path) -> None
         "h5py slices": h5py_slices(data, crops),
         "PNG decoding": png(data, crops, work),
     }
-    kernel = shards_module.kernel
+    kernel = tiles_module.kernel
     if kernel is None:
         del reads["ours"]
 
     def work_of(name: str, read: Read) -> Callable[[], None]:
         def run() -> None:
-            shards_module.kernel = None if "fallback" in name else kernel
+            tiles_module.kernel = None if "fallback" in name else kernel
             for start in range(0, SAMPLES[name], batch_size):
                 read(range(start, min(start + batch_size, SAMPLES[name])))
 

@@ -91,7 +91,6 @@ def build_and_train() -> None:
         "--iterations": ITERATIONS,
         "--batch-size": BATCH_SIZE,
         "--lr-patch": LR_PATCH,
-        "--workers": 0,  # cutting 8 small crops takes about a millisecond: a process of its own would cost more
         "--validate-every": VALIDATE_EVERY,
         "--log-every": VALIDATE_EVERY // 2,
         "--out": RUN,

@@ -4,6 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loader.batches import PatchLoader as PatchLoader
+    from loader.batches import Stats as Stats
+    from loader.batches import to_float as to_float
     from loader.dataset import Crop as Crop
     from loader.dataset import ImageDataset as ImageDataset
     from loader.dataset import PatchDataset as PatchDataset
@@ -11,6 +14,9 @@ if TYPE_CHECKING:
     from loader.format import ShardsError as ShardsError
 
 _HOMES = {
+    "PatchLoader": "loader.batches",
+    "Stats": "loader.batches",
+    "to_float": "loader.batches",
     "Crop": "loader.dataset",
     "ImageDataset": "loader.dataset",
     "PatchDataset": "loader.dataset",

@@ -1,66 +1,225 @@
-/* Crops out of tiles, one memcpy per row of a tile: the compiled twin of tiles._gather_one.
+/* Crops out of tiles, each under one of the 8 transforms: the compiled twin of tiles.gather and plan.transform.
 
-   Addresses come from loader.shards, which has checked them against the mapped files. */
+   A crop is taken piece by piece, a piece being what lies in one tile. While one is copied, the cache is asked for the
+   next: tiles lie in many places, and the processor cannot guess them. Mirrored rows and transposed blocks are turned
+   in vector registers. Addresses come from loader.shards, which has checked them against the mapped files. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define VECTORS __attribute__((target_clones("avx2", "default")))
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
+#define VECTORS __attribute__((target_clones("avx2", "ssse3", "default")))
 #else
 #define VECTORS
 #endif
-
-#if defined(__GNUC__)
-#define PREFETCH(address) __builtin_prefetch(address)
-#else
-#define PREFETCH(address) ((void)0)
-#endif
+#define INLINE static inline __attribute__((always_inline))
 
 enum { CHANNELS = 3, CACHE_LINE = 64 };
+enum { MIRROR_COLUMNS = 1, MIRROR_ROWS = 2, TRANSPOSE = 4 }; /* bits of a transform */
 
-/* Copy `lines` rows of `bytes`, and ask for as many bytes from `next` on, so that they wait in the cache when their
-   turn comes: tiles lie in many places, and the processor cannot guess the next one. */
-static inline __attribute__((always_inline)) void copy_rows(uint8_t *to, int64_t to_step, const uint8_t *from,
-                                                            int64_t from_step, int64_t lines, int64_t bytes,
-                                                            const uint8_t *next)
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
+typedef uint64_t Halves __attribute__((vector_size(16)));
+
+/* What lies of a crop in one tile. Steps are in bytes; a negative one goes through a side backwards. */
+typedef struct {
+    const uint8_t *from, *next; /* `next`: the tile to ask the cache for */
+    uint8_t *to;
+    int64_t lines, pixels;               /* of the source */
+    int64_t from_step, line_step, pixel_step; /* from line to line; in `to`, per line and per pixel of the source */
+} Piece;
+
+INLINE void ask(const uint8_t *at, int64_t bytes)
 {
-    for (int64_t i = 0; i < lines; i++, to += to_step, from += from_step, next += from_step) {
-        for (int64_t at = 0; at < from_step; at += CACHE_LINE)
-            PREFETCH(next + at);
-        memcpy(to, from, (size_t)bytes);
+    for (int64_t i = 0; i < bytes; i += CACHE_LINE)
+        __builtin_prefetch(at + i);
+}
+
+/* Four pixels: 16 bytes at once where those beyond the 12 may be touched, else by way of words. */
+INLINE Bytes load_four(const uint8_t *from, int wide)
+{
+    if (wide) {
+        Bytes all;
+        memcpy(&all, from, 16);
+        return all;
+    }
+    uint64_t low;
+    uint32_t high;
+    memcpy(&low, from, 8);
+    memcpy(&high, from + 8, 4);
+    return (Bytes)(Halves){low, high};
+}
+
+INLINE void store_four(uint8_t *to, Bytes all, int wide)
+{
+    if (wide) {
+        memcpy(to, &all, 16);
+        return;
+    }
+    const uint64_t low = ((Halves)all)[0];
+    const uint32_t high = ((Words)all)[2];
+    memcpy(to, &low, 8);
+    memcpy(to + 8, &high, 4);
+}
+
+/* Five pixels in reverse order, and no byte beyond: the bytes 7 to 14 are loaded into the upper half. */
+INLINE Bytes load_mirrored(const uint8_t *from)
+{
+    uint64_t low, high;
+    memcpy(&low, from, 8);
+    memcpy(&high, from + 7, 8);
+    const Bytes all = (Bytes)(Halves){low, high};
+    return __builtin_shufflevector(all, all, 13, 14, 15, 10, 11, 12, 6, 7, 9, 3, 4, 5, 0, 1, 2, 0);
+}
+
+INLINE void mirror_row(uint8_t *to, const uint8_t *from, int64_t pixels)
+{
+    int64_t x = 0; /* in `to`; the 16th byte of each store belongs to the next one */
+    for (; x + 5 < pixels; x += 5) {
+        const Bytes five = load_mirrored(from + (pixels - x - 5) * CHANNELS);
+        memcpy(to + x * CHANNELS, &five, 16);
+    }
+    for (; x < pixels; x++)
+        memcpy(to + x * CHANNELS, from + (pixels - x - 1) * CHANNELS, CHANNELS);
+}
+
+/* The rows of a piece as rows. With columns mirrored, `to` is where the last pixel of a row belongs. */
+INLINE void place_rows(Piece piece, int mirrored, int64_t bytes)
+{
+    for (int64_t i = 0; i < piece.lines; i++) {
+        ask(piece.next, piece.from_step);
+        if (mirrored)
+            mirror_row(piece.to, piece.from, piece.pixels);
+        else
+            memcpy(piece.to, piece.from, (size_t)bytes);
+        piece.from += piece.from_step;
+        piece.next += piece.from_step;
+        piece.to += piece.line_step;
     }
 }
 
-VECTORS
-static void gather_crop(const uint8_t *tiles, int64_t cols, int64_t tile, int64_t top, int64_t left, int64_t height,
-                        int64_t width, uint8_t *out)
+/* Four lines of four pixels, transposed. */
+INLINE void transpose_block(const uint8_t *from, int64_t from_step, int wide_from, uint8_t *to, int64_t to_step,
+                            int wide_to)
 {
-    const int64_t tile_row = tile * CHANNELS, tile_bytes = tile * tile_row, out_row = width * CHANNELS;
+    Words row[4], pair[4];
+    for (int i = 0; i < 4; i++) {
+        const Bytes all = load_four(from + i * from_step, wide_from);
+        row[i] = (Words)__builtin_shufflevector(all, all, 0, 1, 2, 15, 3, 4, 5, 15, 6, 7, 8, 15, 9, 10, 11, 15);
+    }
+    for (int i = 0; i < 2; i++) {
+        pair[i] = __builtin_shufflevector(row[2 * i], row[2 * i + 1], 0, 4, 1, 5);
+        pair[i + 2] = __builtin_shufflevector(row[2 * i], row[2 * i + 1], 2, 6, 3, 7);
+    }
+    row[0] = __builtin_shufflevector(pair[0], pair[1], 0, 1, 4, 5);
+    row[1] = __builtin_shufflevector(pair[0], pair[1], 2, 3, 6, 7);
+    row[2] = __builtin_shufflevector(pair[2], pair[3], 0, 1, 4, 5);
+    row[3] = __builtin_shufflevector(pair[2], pair[3], 2, 3, 6, 7);
+    for (int i = 0; i < 4; i++) {
+        const Bytes all = (Bytes)row[i];
+        const Bytes packed =
+            __builtin_shufflevector(all, all, 0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 15, 15, 15, 15);
+        store_four(to + i * to_step, packed, wide_to);
+    }
+}
 
-    for (int64_t y = 0; y < height;) {
-        const int64_t row = (top + y) / tile, in_y = (top + y) % tile;
-        const int64_t lines = tile - in_y < height - y ? tile - in_y : height - y;
+/* Four lines of a piece as columns. With `wide`, stores may run over into the columns of the next two lines. */
+INLINE void place_four_columns(const uint8_t *from, int64_t from_step, int64_t pixels, uint8_t *to, int64_t to_step,
+                               int wide)
+{
+    int64_t j = 0;
+    for (; j + 6 <= pixels; j += 4) /* 16 bytes reach into the sixth pixel */
+        transpose_block(from + j * CHANNELS, from_step, 1, to + j * to_step, to_step, wide);
+    for (; j + 4 <= pixels; j += 4)
+        transpose_block(from + j * CHANNELS, from_step, 0, to + j * to_step, to_step, wide);
+    for (; j < pixels; j++)
+        for (int k = 0; k < 4; k++)
+            memcpy(to + j * to_step + k * CHANNELS, from + k * from_step + j * CHANNELS, CHANNELS);
+}
 
-        for (int64_t x = 0; x < width;) {
-            const int64_t col = (left + x) / tile, in_x = (left + x) % tile;
-            const int64_t pixels = tile - in_x < width - x ? tile - in_x : width - x;
-            const uint8_t *corner = tiles + (row * cols + col) * tile_bytes + in_y * tile_row;
-            const uint8_t *from = corner + in_x * CHANNELS;
-            uint8_t *to = out + (y * width + x) * CHANNELS;
-            /* the tile to the right, or the first one of the next row; the last tile of all asks for itself */
-            const uint8_t *next = corner;
-            if (x + pixels < width)
-                next = corner + tile_bytes;
-            else if (y + lines < height)
-                next = tiles + ((row + 1) * cols + left / tile) * tile_bytes;
+/* The rows of a piece as columns. */
+INLINE void place_columns(Piece piece)
+{
+    const int64_t row = piece.from_step;
+    int64_t i = 0;
+    if (piece.line_step < 0) { /* take the lines from the last one on: stores then go forwards */
+        piece.from += (piece.lines - 1) * piece.from_step;
+        piece.to += (piece.lines - 1) * piece.line_step;
+        piece.from_step = -piece.from_step;
+        piece.line_step = -piece.line_step;
+    }
+    for (; i + 4 <= piece.lines; i += 4) {
+        const uint8_t *from = piece.from + i * piece.from_step;
+        uint8_t *to = piece.to + i * piece.line_step;
+        ask(piece.next + i * row, 4 * row);
+        if (i + 6 <= piece.lines)
+            place_four_columns(from, piece.from_step, piece.pixels, to, piece.pixel_step, 1);
+        else
+            place_four_columns(from, piece.from_step, piece.pixels, to, piece.pixel_step, 0);
+    }
+    for (; i < piece.lines; i++)
+        for (int64_t j = 0; j < piece.pixels; j++)
+            memcpy(piece.to + i * piece.line_step + j * piece.pixel_step,
+                   piece.from + i * piece.from_step + j * CHANNELS, CHANNELS);
+}
 
-            if (pixels == 64 && tile == 64) /* whole tiles of the default size: constant lengths are copied inline */
-                copy_rows(to, out_row, from, 64 * CHANNELS, lines, 64 * CHANNELS, next);
+typedef struct {
+    const uint8_t *tiles;
+    int64_t cols, tile, top, left, height, width, transform;
+} Crop;
+
+VECTORS
+static void gather_crop(const Crop *crop, uint8_t *out)
+{
+    const int64_t tile = crop->tile, tile_row = tile * CHANNELS, tile_bytes = tile * tile_row;
+    const int mirrored = (crop->transform & MIRROR_COLUMNS) != 0, transposed = (crop->transform & TRANSPOSE) != 0;
+    const int64_t out_row = (transposed ? crop->height : crop->width) * CHANNELS;
+    int64_t line_step = transposed ? CHANNELS : out_row, pixel_step = transposed ? out_row : CHANNELS;
+
+    if (mirrored) { /* pixels go backwards, from the last place */
+        out += (crop->width - 1) * pixel_step;
+        pixel_step = -pixel_step;
+    }
+    if (crop->transform & MIRROR_ROWS) {
+        out += (crop->height - 1) * line_step;
+        line_step = -line_step;
+    }
+    for (int64_t y = 0; y < crop->height;) {
+        const int64_t row = (crop->top + y) / tile, in_y = (crop->top + y) % tile;
+        const int64_t lines = tile - in_y < crop->height - y ? tile - in_y : crop->height - y;
+
+        for (int64_t x = 0; x < crop->width;) {
+            const int64_t col = (crop->left + x) / tile, in_x = (crop->left + x) % tile;
+            const int64_t pixels = tile - in_x < crop->width - x ? tile - in_x : crop->width - x;
+            const uint8_t *corner = crop->tiles + (row * crop->cols + col) * tile_bytes + in_y * tile_row;
+            Piece piece = {
+                .from = corner + in_x * CHANNELS,
+                .next = corner, /* the last piece asks for itself */
+                .to = out + y * line_step + x * pixel_step,
+                .lines = lines,
+                .pixels = pixels,
+                .from_step = tile_row,
+                .line_step = line_step,
+                .pixel_step = pixel_step,
+            };
+            if (x + pixels < crop->width)
+                piece.next = corner + tile_bytes;
+            else if (y + lines < crop->height)
+                piece.next = crop->tiles + ((row + 1) * crop->cols + crop->left / tile) * tile_bytes;
+
+            if (transposed)
+                place_columns(piece);
+            else if (mirrored) {
+                piece.to -= (pixels - 1) * CHANNELS;
+                place_rows(piece, 1, 0);
+            } else if (pixels == 64 && tile == 64) /* whole tiles of the default size: a copy of constant length */
+                place_rows(piece, 0, 64 * CHANNELS);
             else
-                copy_rows(to, out_row, from, tile_row, lines, pixels * CHANNELS, next);
+                place_rows(piece, 0, pixels * CHANNELS);
             x += pixels;
         }
         y += lines;
@@ -69,28 +228,33 @@ static void gather_crop(const uint8_t *tiles, int64_t cols, int64_t tile, int64_
 
 static PyObject *gather(PyObject *module, PyObject *args)
 {
-    Py_buffer address, cols, top, left, out;
+    Py_buffer column[5], out; /* address, cols, top, left, transform */
     Py_ssize_t tile, height, width;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*nnnw*", &address, &cols, &top, &left, &tile, &height, &width, &out))
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*nnnw*", &column[0], &column[1], &column[2], &column[3], &column[4], &tile,
+                          &height, &width, &out))
         return NULL;
 
-    const Py_ssize_t bytes = address.len, count = bytes / (Py_ssize_t)sizeof(int64_t);
-    const int fits = tile > 0 && height > 0 && width > 0 && cols.len == bytes && top.len == bytes &&
-                     left.len == bytes && out.len == count * height * width * CHANNELS;
+    const Py_ssize_t bytes = column[0].len, count = bytes / (Py_ssize_t)sizeof(int64_t);
+    int fits = tile > 0 && height > 0 && width > 0 && out.len == count * height * width * CHANNELS;
+    for (int i = 1; i < 5; i++)
+        fits = fits && column[i].len == bytes;
     if (fits) {
-        const int64_t *a = address.buf, *c = cols.buf, *t = top.buf, *l = left.buf;
+        const int64_t *values[5];
         uint8_t *to = out.buf;
+        for (int i = 0; i < 5; i++)
+            values[i] = column[i].buf;
         Py_BEGIN_ALLOW_THREADS
-        for (Py_ssize_t i = 0; i < count; i++, to += height * width * CHANNELS)
-            gather_crop((const uint8_t *)(intptr_t)a[i], c[i], tile, t[i], l[i], height, width, to);
+        for (Py_ssize_t i = 0; i < count; i++, to += height * width * CHANNELS) {
+            const Crop crop = {(const uint8_t *)(intptr_t)values[0][i], values[1][i], tile, values[2][i],
+                               values[3][i], height, width, values[4][i]};
+            gather_crop(&crop, to);
+        }
         Py_END_ALLOW_THREADS
     }
-    PyBuffer_Release(&address);
-    PyBuffer_Release(&cols);
-    PyBuffer_Release(&top);
-    PyBuffer_Release(&left);
+    for (int i = 0; i < 5; i++)
+        PyBuffer_Release(&column[i]);
     PyBuffer_Release(&out);
     if (!fits) {
         PyErr_SetString(PyExc_ValueError, "gather: the arrays' lengths do not fit one another");
@@ -99,9 +263,36 @@ static PyObject *gather(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *advise(PyObject *module, PyObject *args)
+{
+    Py_buffer address, length;
+    int advice;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*y*i", &address, &length, &advice))
+        return NULL;
+    const Py_ssize_t count = address.len / (Py_ssize_t)sizeof(int64_t);
+    const int fits = length.len == address.len;
+    if (fits) {
+        const int64_t *at = address.buf, *bytes = length.buf;
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t i = 0; i < count; i++)
+            (void)madvise((void *)(intptr_t)at[i], (size_t)bytes[i], advice); /* advice may be declined */
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&address);
+    PyBuffer_Release(&length);
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "advise: as many addresses as lengths are needed");
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"gather", gather, METH_VARARGS,
-     "gather(address, cols, top, left, tile, height, width, out): copy one crop per int64 entry into out."},
+     "gather(address, cols, top, left, transform, tile, height, width, out): one crop per int64 entry into out."},
+    {"advise", advise, METH_VARARGS, "advise(address, length, advice): madvise for each int64 range of whole pages."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from loader.format import CHANNELS, HR, ShardsError, Strings
-from loader.plan import Crops, Plan, transform
+from loader.plan import Crops, Plan
 from loader.shards import Shards
 from loader.tiles import Pixels
 
@@ -60,10 +60,10 @@ class PatchDataset(Dataset[Pair]):
         *,
         too_small: Literal["error", "skip"] = "error",
     ) -> None:
-        _need("lr_patch", "1 or more", lr_patch, lr_patch >= 1)
-        _need("length", "1 or more, or None", length, length is None or length >= 1)
-        _need("seed", "0 to 2**64 - 1", seed, 0 <= seed < 1 << 64)
-        _need("too_small", '"error" or "skip"', too_small, too_small in ("error", "skip"))
+        need("lr_patch", "1 or more", lr_patch, lr_patch >= 1)
+        need("length", "1 or more, or None", length, length is None or length >= 1)
+        need("seed", "0 to 2**64 - 1", seed, 0 <= seed < 1 << 64)
+        need("too_small", '"error" or "skip"', too_small, too_small in ("error", "skip"))
         self.shards = Shards(folder)
         self.shards.need_scale(scale)
         self.scale, self.lr_patch, self.seed, self.augment = scale, lr_patch, seed, augment
@@ -71,7 +71,7 @@ class PatchDataset(Dataset[Pair]):
         patches = (height // lr_patch) * (width // lr_patch)
         self._check_small(patches, too_small)
         self._length = int(patches.sum()) if length is None else length
-        self._plan = Plan(height, width, lr_patch, seed, augment)
+        self.plan = Plan(height, width, lr_patch, seed, augment)
         # Shared with DataLoader workers, so that persistent ones see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
@@ -86,7 +86,7 @@ class PatchDataset(Dataset[Pair]):
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the samples of that epoch (0 or more) from now on, in this process and in DataLoader workers."""
-        _need("epoch", "0 or more", epoch, epoch >= 0)
+        need("epoch", "0 or more", epoch, epoch >= 0)
         self._epoch.fill_(epoch)
 
     def crop(self, n: int) -> Crop:
@@ -109,17 +109,13 @@ class PatchDataset(Dataset[Pair]):
         numbers = np.where(numbers < 0, numbers + len(self), numbers)
         if ((numbers < 0) | (numbers >= len(self))).any():
             raise IndexError(f"samples: expected 0 to {len(self) - 1}, got {list(samples)}")
-        return self._plan.crops(self.epoch, numbers)
+        return self.plan.crops(self.epoch, numbers)
 
     def _pixels(self, crops: Crops, plane: int, zoom: int) -> Tensor:
         side = self.lr_patch * zoom
         out = np.empty((len(crops.image), side, side, CHANNELS), np.uint8)
-        self.shards.gather(plane, crops.image, crops.top * zoom, crops.left * zoom, out)
-        if self.augment:
-            plain, out = out, np.empty_like(out)
-            for target, source, number in zip(out, plain, crops.transform.tolist(), strict=True):
-                target[:] = transform(source, number)
-        return _channels_first(out)
+        self.shards.gather(plane, crops.image, crops.top * zoom, crops.left * zoom, out, crops.transform)
+        return channels_first(out)
 
     def _check_small(self, patches: Any, too_small: str) -> None:
         small = np.flatnonzero(patches == 0)
@@ -179,14 +175,15 @@ class ImageDataset(Dataset[Pair]):
         out = np.empty((1, height, width, CHANNELS), np.uint8)
         zero = np.zeros(1, np.int64)
         self.shards.gather(plane, np.array([number]), zero, zero, out)
-        return _channels_first(out)[0]
+        return channels_first(out)[0]
 
 
-def _channels_first(images: Pixels) -> Tensor:
+def channels_first(images: Pixels) -> Tensor:
     """(n, h, w, 3) in memory, seen as (n, 3, h, w): a channels-last tensor, without a copy."""
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def _need(name: str, expected: str, got: object, holds: bool) -> None:
+def need(name: str, expected: str, got: object, holds: bool) -> None:
+    """Raise ValueError about an argument unless what it needs holds."""
     if not holds:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")

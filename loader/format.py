@@ -110,6 +110,10 @@ class Index:
         """Heights and widths (images,) in the pixels of the plane of that scale (1: HR)."""
         return self.height // scale, self.width // scale
 
+    def columns_of_tiles(self, scale: int, image: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tiles in each row of tiles (n,), for images by number (n,), in the plane of that scale (1: HR)."""
+        return -(-(self.width[image] // scale) // self.planes[scale].tile)
+
     def run_lengths(self, scale: int) -> NDArray[np.int64]:
         """Bytes (images,) of each run of tiles in the plane of that scale (1: HR)."""
         tile = self.planes[scale].tile

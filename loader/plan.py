@@ -73,12 +73,3 @@ def philox(seed: int, epoch: int, sample: NDArray[np.uint64]) -> tuple[NDArray[n
         )
         key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
     return c0, c1, c2, c3
-
-
-def transform(image: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
-    """A view of (h, w, 3) under transform 0..7: bit 0 mirrors columns, bit 1 mirrors rows, bit 2 then transposes."""
-    if number & 1:
-        image = image[:, ::-1]
-    if number & 2:
-        image = image[::-1]
-    return image.swapaxes(0, 1) if number & 4 else image

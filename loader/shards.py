@@ -1,21 +1,18 @@
 """A dataset opened for reading: every image as tiles within mapped files, which each process maps when first needed."""
 
+import ctypes
 import mmap
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loader.files import open_shard
 from loader.format import CHANNELS, FormatError, Shard, ShardsError, plane_name
 from loader.index import read_index
-from loader.kernel import compiled
-from loader.tiles import Pixels, gather
-
-kernel = compiled("loader._gather")
-
-Ints = NDArray[np.int64]
+from loader.tiles import Ints, Pixels, gather_crops, kernel
 
 
 class Shards:
@@ -57,40 +54,54 @@ class Shards:
         shape = (-(-int(height[image]) // side), -(-int(width[image]) // side), side, side, CHANNELS)
         return np.ndarray(shape, np.uint8, self._map(shard), int(plane.offset[image]))
 
-    def gather(self, scale: int, image: Ints, top: Ints, left: Ints, out: Pixels) -> None:
+    def gather(
+        self, scale: int, image: Ints, top: Ints, left: Ints, out: Pixels, transform: Ints | None = None
+    ) -> None:
         """Copy crops of the plane of that scale (1: HR) into `out` (n, h, w, 3), C-contiguous.
 
         Args:
             scale: 1, or a scale of the dataset.
             image, top, left: int64 (n,), image numbers and corners in the plane's own pixels.
             out: uint8; its shape gives the crops' number and size.
+            transform: int64 (n,), one of the 8 for each crop, all square; None: the identity.
 
         Raises:
             IndexError: a crop reaches beyond its image.
         """
+        self.check_crops(scale, image, top, left, out.shape[1:3])
         plane = self.index.planes[scale]
+        cols = self.index.columns_of_tiles(scale, image)
+        address = self.address(self.index.shard[image]) + plane.offset[image]
+        gather_crops(address, cols, top, left, transform, plane.tile, out)
+
+    def check_crops(self, scale: int, image: Ints, top: Ints, left: Ints, size: tuple[int, ...]) -> None:
+        """Raise IndexError if a crop of that size (h, w) reaches beyond its image."""
         height, width = self.index.height[image] // scale, self.index.width[image] // scale
-        inside = (top >= 0) & (left >= 0) & (top + out.shape[1] <= height) & (left + out.shape[2] <= width)
+        inside = (top >= 0) & (left >= 0) & (top + size[0] <= height) & (left + size[1] <= width)
         if not inside.all():
-            self._outside(scale, image, top, left, out, int(np.argmin(inside)))
-        if kernel is None:
-            for k, number in enumerate(image.tolist()):
-                gather(self.tiles(number, scale), int(top[k]), int(left[k]), out[k])
-            return
-        shard = self.index.shard[image]
-        if not (address := self._address[shard]).all():
+            k = int(np.argmin(inside))
+            raise IndexError(
+                f"{plane_name(scale)} of image {self.index.name[int(image[k])]!r} is {height[k]} × {width[k]}: "
+                f"no crop of {size[0]} × {size[1]} at {top[k]}, {left[k]}"
+            )
+
+    def address(self, shard: Ints) -> Ints:
+        """Where shards (int64 numbers) start in memory; those not mapped yet are."""
+        address = self._address[shard]
+        if not address.all():
             for number in set(shard.tolist()):
                 self._map(number)
             address = self._address[shard]
-        cols = -(-width // plane.tile)
-        kernel.gather(address + plane.offset[image], cols, top, left, plane.tile, *out.shape[1:3], out)
+        return address
 
-    def _outside(self, scale: int, image: Ints, top: Ints, left: Ints, out: Pixels, k: int) -> NoReturn:
-        height, width = (sizes[image[k]] for sizes in self.index.sizes(scale))
-        raise IndexError(
-            f"{plane_name(scale)} of image {self.index.name[int(image[k])]!r} is {height} × {width}: "
-            f"no crop of {out.shape[1]} × {out.shape[2]} at {top[k]}, {left[k]}"
-        )
+    def advise(self, shard: Ints, start: Ints, stop: Ints, advice: int) -> None:
+        """Give the kernel advice (mmap.MADV_*) about byte ranges of shards; `start` and `stop` lie on pages."""
+        address = self.address(shard) + start
+        if kernel is not None:
+            kernel.advise(address, stop - start, advice)
+            return
+        for at, length in zip(address.tolist(), (stop - start).tolist(), strict=True):
+            _libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(length), advice)
 
     def _map(self, number: int) -> Pixels:
         """A shard's bytes. Threads may map it twice at once: the first map is kept, the other never used."""
@@ -101,16 +112,17 @@ class Shards:
         return self._maps[number]
 
 
-def _map_file(folder: Path, shard: Shard) -> Pixels:
-    path = folder / shard.file
+_libc = ctypes.CDLL(None)
+
+
+def _map_file(folder: Path, shard: Shard) -> NDArray[np.uint8]:
+    descriptor = open_shard(folder, shard)
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != shard.bytes:
-                raise FormatError(f"{path}: length: expected {shard.bytes} bytes, got {size}")
-            mapped = mmap.mmap(file.fileno(), shard.bytes, access=mmap.ACCESS_READ)
+        mapped = mmap.mmap(descriptor, shard.bytes, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise FormatError(f"{path}: expected a file that can be mapped, got {error.strerror}") from None
-    # Crops are scattered: the kernel's readahead would fetch megabytes around each page.
+        raise FormatError(f"{folder / shard.file}: expected a file that can be mapped, got {error.strerror}") from None
+    finally:
+        os.close(descriptor)
+    # Crops are scattered: the kernel's own readahead would fetch megabytes around each page.
     mapped.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(mapped, np.uint8)

@@ -1,15 +1,22 @@
-"""Pixels as square tiles: cutting an image into them, and gathering a crop out of them.
+"""Pixels as square tiles: cutting an image into them, and gathering crops out of them.
 
-The tiles of an image are an array (rows, cols, T, T, 3), row-major; edge tiles are padded with zeros. A crop that
-is much smaller than its image then touches few pages of storage, whatever the width of the image.
+The tiles of an image are an array (rows, cols, T, T, 3), row-major; edge tiles are padded with zeros. A crop that is
+much smaller than its image then touches few pages of storage, whatever the width of the image.
 """
 
+import ctypes
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loader.format import CHANNELS
+from loader.kernel import compiled
+
 Pixels = NDArray[np.uint8]
+Ints = NDArray[np.int64]
+
+kernel = compiled("loader._gather")
 
 
 def split(image: Pixels, tile: int) -> Pixels:
@@ -21,11 +28,41 @@ def split(image: Pixels, tile: int) -> Pixels:
     return np.ascontiguousarray(padded.reshape(rows, tile, cols, tile, channels).swapaxes(1, 2))
 
 
-def gather(tiles: Pixels, top: int, left: int, out: Pixels) -> None:
-    """Copy the crop at (top, left) of tiles (rows, cols, T, T, 3) into `out` (h, w, 3), pixel for pixel.
+def gather_crops(
+    address: Ints, cols: Ints, top: Ints, left: Ints, transform: Ints | None, tile: int, out: Pixels
+) -> None:
+    """Copy one crop out of each of several images' tiles, and transform it, without holding the interpreter's lock.
 
-    The crop must lie within the tiles; `out` is C-contiguous.
+    Args:
+        address: int64 (n,), where the tiles of each image start in memory. The caller answers for them, and for the
+            memory that a crop touches; no other is read.
+        cols: int64 (n,), tiles in a row of tiles.
+        top, left: int64 (n,), the crop's corner in pixels.
+        transform: int64 (n,), 0 to 7, as in `transformed`; crops are then square. None: all as they are.
+        tile: side of a tile.
+        out: uint8 (n, h, w, 3), C-contiguous.
     """
+    height, width = out.shape[1:3]
+    if transform is None:
+        transform = np.zeros_like(address)
+    if kernel is not None:
+        kernel.gather(address, cols, top, left, transform, tile, height, width, out)
+        return
+    crops = zip(*(column.tolist() for column in (address, cols, top, left, transform)), strict=True)
+    for k, (start, c, y, x, number) in enumerate(crops):
+        shape = ((y + height - 1) // tile + 1, c, tile, tile, CHANNELS)
+        memory = (ctypes.c_uint8 * int(np.prod(shape))).from_address(start)
+        tiles: Pixels = np.ndarray(shape, np.uint8, memory)  # type: ignore[arg-type]
+        if number:
+            plain = np.empty((height, width, CHANNELS), np.uint8)
+            gather(tiles, y, x, plain)
+            out[k] = transformed(plain, number)
+        else:
+            gather(tiles, y, x, out[k])
+
+
+def gather(tiles: Pixels, top: int, left: int, out: Pixels) -> None:
+    """Copy the crop at (top, left) of tiles (rows, cols, T, T, 3) into `out` (h, w, 3), C-contiguous."""
     tile = tiles.shape[2]
     height, width, channels = out.shape
     lines = list(_spans(top, height, tile))
@@ -35,6 +72,15 @@ def gather(tiles: Pixels, top: int, left: int, out: Pixels) -> None:
             target = out[y : y + rows * h, x : x + cols * w].reshape(rows, h, cols, w, channels)
             source = tiles[row : row + rows, col : col + cols, from_y : from_y + h, from_x : from_x + w]
             np.copyto(target, source.swapaxes(1, 2))
+
+
+def transformed(image: Pixels, number: int) -> Pixels:
+    """A view of (h, w, 3) under transform 0..7: bit 0 mirrors columns, bit 1 mirrors rows, bit 2 then transposes."""
+    if number & 1:
+        image = image[:, ::-1]
+    if number & 2:
+        image = image[::-1]
+    return image.swapaxes(0, 1) if number & 4 else image
 
 
 def _spans(start: int, length: int, tile: int) -> Iterator[tuple[int, int, int, int, int]]:

@@ -11,9 +11,9 @@ from conftest import Pixels, build
 from torch.utils.data import DataLoader
 
 from loader import FormatError, ImageDataset, PatchDataset, ShardsError
-from loader import shards as shards_module
-from loader.plan import transform
+from loader import tiles as tiles_module
 from loader.shards import Shards
+from loader.tiles import transformed
 from prep.imresize import imresize
 
 
@@ -21,8 +21,8 @@ from prep.imresize import imresize
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of gathering."""
     if request.param == "fallback":
-        monkeypatch.setattr(shards_module, "kernel", None)
-    elif shards_module.kernel is None:
+        monkeypatch.setattr(tiles_module, "kernel", None)
+    elif tiles_module.kernel is None:
         pytest.skip("the compiled kernel is not in use here")
 
 
@@ -43,7 +43,7 @@ def test_samples_are_the_crops_they_say(dataset: Path, pictures: dict[str, Pixel
         seen.add((crop.image, crop.transform))
         for found, zoom, full in ((lr, 1, whole[crop.image][0]), (hr, scale, whole[crop.image][1])):
             side, top, left = patch * zoom, crop.top * zoom, crop.left * zoom
-            expected = transform(full[top : top + side, left : left + side], crop.transform)
+            expected = transformed(full[top : top + side, left : left + side], crop.transform)
             assert found.shape == (3, side, side)
             assert found.dtype == torch.uint8
             np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), expected)
@@ -132,7 +132,7 @@ def test_a_shard_cut_after_opening_is_noticed(folder: Path, tmp_path: Path) -> N
     with pytest.raises(FormatError, match="length: expected"):
         data[0]
     shard.unlink()
-    with pytest.raises(FormatError, match="expected a file that can be mapped, got No such file"):
+    with pytest.raises(FormatError, match="expected a file that can be read, got No such file"):
         data[0]
 
 

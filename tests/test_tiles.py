@@ -1,12 +1,15 @@
 """Cutting into tiles and gathering out of them, by numpy and by the compiled kernel."""
 
+import ctypes
+import mmap
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader import shards
-from loader.tiles import gather, split
+from loader import tiles as module
+from loader.tiles import gather, gather_crops, kernel, split, transformed
 
 
 @given(height=st.integers(1, 70), width=st.integers(1, 70), tile=st.sampled_from([16, 32, 48]), data=st.data())
@@ -21,11 +24,65 @@ def test_gather_undoes_split(height: int, width: int, tile: int, data: st.DataOb
     out = np.full((h, w, 3), 99, np.uint8)
     gather(tiles, top, left, out)
     np.testing.assert_array_equal(out, expected)
-    if shards.kernel is not None:
-        batch = np.full((1, h, w, 3), 99, np.uint8)
-        column = [np.array([n], np.int64) for n in (tiles.ctypes.data, tiles.shape[1], top, left)]
-        shards.kernel.gather(*column, tile, h, w, batch)
-        np.testing.assert_array_equal(batch[0], expected)
+
+
+@given(
+    tile=st.sampled_from([16, 32, 48, 64]),
+    side=st.integers(1, 150),
+    place=st.tuples(st.integers(0, 50), st.integers(0, 30)),
+    number=st.integers(0, 7),
+)
+def test_kernel_and_fallback_turn_crops_alike(tile: int, side: int, place: tuple[int, int], number: int) -> None:
+    image = np.random.default_rng(side).integers(0, 256, (200, 180, 3), np.uint8)
+    tiles = split(image, tile)
+    top, left = place
+    expected = transformed(image[top : top + side, left : left + side], number)
+    address, cols, tops, lefts, numbers = (
+        np.full(2, n, np.int64) for n in (tiles.ctypes.data, tiles.shape[1], top, left, number)
+    )
+    for use in {kernel, None}:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "kernel", use)
+            out = np.full((3, side, side, 3), 99, np.uint8)  # the third tells whether anything is written beyond
+            gather_crops(address, cols, tops, lefts, numbers, tile, out[:2])
+        np.testing.assert_array_equal(out[0], expected)
+        np.testing.assert_array_equal(out[1], expected)
+        assert (out[2] == 99).all()
+
+
+def test_the_kernel_stays_within_its_pages() -> None:
+    """Tiles that end where the memory that may be read ends, and an output that ends where none may be written."""
+    if kernel is None:
+        pytest.skip("the compiled kernel is not in use here")
+    side, libc = 64, ctypes.CDLL(None)
+    with mmap.mmap(-1, 5 * mmap.PAGESIZE) as memory:
+        data = np.frombuffer(memory, np.uint8)
+        start = data.ctypes.data
+        for page in (0, 4):
+            assert libc.mprotect(ctypes.c_void_p(start + page * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+        tile = data[mmap.PAGESIZE :][: side * side * 3]
+        tile[:] = np.random.default_rng(0).integers(0, 256, tile.size, np.uint8)
+        image = tile.reshape(side, side, 3)
+        for number in range(8):
+            for size in (1, 3, 4, 5, 6, 11, 64):
+                for top, left in ((0, 0), (side - size, side - size)):
+                    out = np.empty((1, size, size, 3), np.uint8)
+                    address, cols, y, x, turn = (np.array([n]) for n in (tile.ctypes.data, 1, top, left, number))
+                    gather_crops(address, cols, y, x, turn, side, out)
+                    np.testing.assert_array_equal(
+                        out[0], transformed(image[top : top + size, left : left + size], number)
+                    )
+        del data, tile, image
+
+
+def test_transforms_are_the_eight_symmetries() -> None:
+    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    assert len({transformed(image, number).tobytes() for number in range(8)}) == 8
+    np.testing.assert_array_equal(transformed(image, 0), image)
+    np.testing.assert_array_equal(transformed(image, 1), image[:, ::-1])
+    np.testing.assert_array_equal(transformed(image, 2), image[::-1])
+    np.testing.assert_array_equal(transformed(image, 4), image.transpose(1, 0, 2))
+    np.testing.assert_array_equal(transformed(image, 5), np.rot90(image, 1))
 
 
 def test_padding_is_zero() -> None:
@@ -35,16 +92,14 @@ def test_padding_is_zero() -> None:
     assert not tiles[:, 1, :, 4:].any()
 
 
-@pytest.mark.skipif(shards.kernel is None, reason="the compiled kernel is not in use here")
+@pytest.mark.skipif(kernel is None, reason="the compiled kernel is not in use here")
 def test_kernel_refuses_arrays_that_do_not_fit() -> None:
     one, two = np.zeros(1, np.int64), np.zeros(2, np.int64)
     out = np.zeros((1, 4, 4, 3), np.uint8)
-    for arguments in (
-        (one, two, one, one, 16, 4, 4, out),
-        (one, one, one, one, 16, 4, 5, out),
-        (two,) * 4 + (0, 4, 4, out),
-    ):
+    for sizes in ((one, two, one, one, one, 16, 4, 4), (one,) * 5 + (16, 4, 5), (two,) * 5 + (0, 4, 4)):
         with pytest.raises(ValueError, match="do not fit"):
-            shards.kernel.gather(*arguments)
+            kernel.gather(*sizes, out)
     with pytest.raises(TypeError, match="read-write"):
-        shards.kernel.gather(one, one, one, one, 16, 4, 4, out.transpose(0, 2, 1, 3))
+        kernel.gather(one, one, one, one, one, 16, 4, 4, out.transpose(0, 2, 1, 3))
+    with pytest.raises(ValueError, match="as many addresses as lengths"):
+        kernel.advise(one, two, 0)

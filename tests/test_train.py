@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from click.testing import CliRunner, Result
 from PIL import Image as PillowImage
 
 import train
-from loader import PatchDataset, ShardsError
 from model.checkpoints import CheckpointError, load_checkpoint
 from model.evaluate import main as evaluate
 from model.shufflemixer import ShuffleMixer
@@ -54,7 +53,7 @@ def run(shards: Path, tmp_path: Path) -> Callable[..., Result]:
     """Run train.py for 6 small iterations into tmp_path/OUT; later flags win over earlier ones."""
 
     def call(out: str, *flags: str | int) -> Result:
-        common = ["--shards", shards, "--scale", 2, "--lr-patch", 12, "--batch-size", 2, "--workers", 0]
+        common = ["--shards", shards, "--scale", 2, "--lr-patch", 12, "--batch-size", 2, "--workers", 1]
         common += ["--iterations", 6, "--log-every", 2, "--device", "cpu", "--out", tmp_path / out]
         return CliRunner().invoke(train.main, [str(word) for word in [*common, *flags]])
 
@@ -69,41 +68,6 @@ def read(path: Path) -> dict[str, Any]:
 def config(**changes: Any) -> train.Config:
     settings: dict[str, Any] = {"shards": "s", "scale": 2, "out": "o"}
     return train.Config(**settings | changes)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("start", [0, 6, 7])
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_stream_numbers_samples_across_epochs(shards: Path, workers: int, start: int) -> None:
-    data = PatchDataset(shards, 2, lr_patch=12, length=5, seed=9)
-    stream = train.batches(data, 3, start, workers=workers, pin=False)
-    got = list(islice(stream, 4))  # 12 samples: epochs of 5 end within batches
-    del stream
-    wanted = PatchDataset(shards, 2, lr_patch=12, length=5, seed=9)
-    for number in range(12):
-        epoch, index = divmod(start + number, 5)
-        wanted.set_epoch(epoch)
-        for side, expected in enumerate(wanted[index]):
-            assert torch.equal(got[number // 3][side][number % 3], expected)
-
-
-def test_a_batch_may_be_larger_than_an_epoch(shards: Path) -> None:
-    data = PatchDataset(shards, 2, lr_patch=12, length=2)
-    lr, hr = next(train.batches(data, 5, 0, workers=0, pin=False))
-    assert lr.shape == (5, 3, 12, 12)
-    assert hr.shape == (5, 3, 24, 24)
-    assert not torch.equal(lr[0], lr[2])  # sample 0 of epochs 0 and 1
-
-
-def test_batches_stay_bytes_and_channels_last(shards: Path) -> None:
-    batch = next(train.batches(PatchDataset(shards, 2, lr_patch=12), 3, 0, workers=0, pin=False))
-    floats = train.to_floats(batch, torch.device("cpu"))
-    for raw, ready in zip(batch, floats, strict=True):
-        assert raw.dtype == torch.uint8
-        assert ready.dtype == torch.float32
-        for part in (raw, ready):
-            assert part.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(ready * 255, raw.float())
 
 
 def test_average_of_weights_is_warmed_up() -> None:
@@ -263,16 +227,14 @@ def test_bad_input_is_one_clear_line(run: Callable[..., Result], tmp_path: Path)
         assert not (tmp_path / "a").exists()
 
 
-def test_errors_of_workers_are_one_clear_line(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise ShardsError("damaged")
-
-    monkeypatch.setattr(PatchDataset, "__getitems__", fail)
-    for workers in (0, 1):
-        result = run("a", "--workers", workers)
-        assert result.exit_code == 1
-        assert len(result.stderr.splitlines()) == 1
-        assert result.stderr.endswith("damaged\n")
+def test_a_damaged_shard_is_one_clear_line(run: Callable[..., Result], shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "copy")
+    shard = next((tmp_path / "copy").glob("*.h5"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    result = run("a", "--shards", str(tmp_path / "copy"))
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "length: expected" in result.stderr
 
 
 @pytest.mark.parametrize(

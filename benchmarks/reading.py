@@ -1,0 +1,105 @@
+"""What a way of reading is: a generator of batches, and the means to make one of a function that copies a crop.
+
+Every way fills batch buffers that it keeps: for a rival that is one copy fewer than training with it would take.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from crops import Task
+from numpy.typing import NDArray
+
+from loader import ImageDataset
+
+Pixels = NDArray[np.uint8]
+Start = Callable[[bool], Iterator[int]]  # endless or once? → a generator: each item, the samples of one more batch
+CopyCrop = Callable[[int, int, int, Pixels, Pixels], object]  # image, top, left (LR pixels), LR and HR to fill
+ReadBatch = Callable[[range, Pixels, Pixels], object]  # samples, buffers to fill
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of reading crops.
+
+    name: in tables. folder: what it reads, within the work folder. open: gets ready. how: its set-up, for the report.
+    prepare: writes the folder, given the dataset as images of each scale; None where it reads the shards themselves.
+    all_cores: it runs on all cores where the others run on one. process: ways of the same one take turns in one
+    process, on the same buffers. environment: of that process, besides what this one has.
+    """
+
+    name: str
+    folder: str
+    open: Callable[[Task], Start]
+    how: str
+    prepare: Callable[[dict[int, ImageDataset], Path], None] | None = None
+    all_cores: bool = False
+    process: str = ""
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+@cache
+def buffers(count: int, lr: int, hr: int) -> tuple[Pixels, Pixels]:
+    """Memory for a batch, LR and HR, the same at each call."""
+    return np.zeros((count, lr, lr, 3), np.uint8), np.zeros((count, hr, hr, 3), np.uint8)
+
+
+def by_batch(task: Task, read: ReadBatch, step: int = 0) -> Start:
+    """A way that reads `step` samples at a time (0: a batch), going on where it was when it is started again."""
+    step = step or task.batch_size
+    lr, hr = buffers(task.batch_size, *task.sides)
+    place = 0
+
+    def start(endless: bool) -> Iterator[int]:
+        nonlocal place
+        while True:
+            stop = min(place + step, len(task.numbers))
+            read(range(place, stop), lr[: stop - place], hr[: stop - place])
+            count, place = stop - place, stop % len(task.numbers)
+            yield count
+            if not (place or endless):
+                return
+
+    return start
+
+
+def by_crop(task: Task, copy: CopyCrop, step: int = 0, threads: int = 1) -> Start:
+    """A way that copies crop after crop, or as many at a time as there are threads."""
+    crops = task.crops()
+    places = list(zip(crops.image.tolist(), crops.top.tolist(), crops.left.tolist(), strict=True))
+
+    def read(samples: range, lr: Pixels, hr: Pixels) -> None:
+        for n, to_lr, to_hr in zip(samples, lr, hr, strict=True):
+            copy(*places[n], to_lr, to_hr)
+
+    def read_together(samples: range, lr: Pixels, hr: Pixels) -> None:
+        jobs = [pool.submit(copy, *places[n], lr[k], hr[k]) for k, n in enumerate(samples)]
+        for job in jobs:
+            job.result()
+
+    if threads == 1:
+        return by_batch(task, read, step)
+    pool = ThreadPoolExecutor(threads)
+    return by_batch(task, read_together, step)
+
+
+def slices(task: Task, lr: list[Pixels], hr: list[Pixels]) -> CopyCrop:
+    """Copies crops out of anything that gives arrays when it is sliced, one of each plane for each image."""
+    (patch, side), scale = task.sides, task.scale
+
+    def copy(image: int, top: int, left: int, to_lr: Pixels, to_hr: Pixels) -> None:
+        y, x = top * scale, left * scale
+        to_lr[:] = lr[image][top : top + patch, left : left + patch]
+        to_hr[:] = hr[image][y : y + side, x : x + side]
+
+    return copy
+
+
+def image_pixels(images: dict[int, ImageDataset], scale: int, number: int) -> Pixels:
+    """One image (h, w, 3) of the plane of a scale (1: HR), as in the shards; HR is what LR of ×2 and ×4 covers."""
+    pair = images[max(images) if scale == 1 else scale][number]
+    pixels: Pixels = pair[1 if scale == 1 else 0].permute(1, 2, 0).numpy()
+    return pixels

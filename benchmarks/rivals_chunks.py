@@ -1,0 +1,151 @@
+"""Rivals for chunked arrays: h5py on contiguous and on chunked datasets, zarr, and TensorStore."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from crops import Task
+from reading import Pixels, Start, Way, by_batch, by_crop, image_pixels, slices
+from rivals_rows import planes
+
+from loader import ImageDataset
+from loader.format import HR, plane_group
+
+ZARR_CHUNK = 256  # side in pixels; the fastest of 64, 128, 256 and 512 for these crops
+
+
+def write_contiguous(images: dict[int, ImageDataset], folder: Path) -> None:
+    """One HDF5 file with a contiguous dataset for each image and plane."""
+    with h5py.File(folder / "images.h5", "w", libver="latest") as file:
+        for scale in planes(images):
+            for number in range(len(images[max(images)])):
+                file.create_dataset(f"x{scale}/{number}", data=image_pixels(images, scale, number))
+
+
+def open_contiguous(task: Task) -> Start:
+    """Slices of datasets that are kept open."""
+    count = len(task.dataset().shards.index.name)
+    file = h5py.File(task.folder / "hdf5" / "images.h5", "r")
+    lr, hr = ([file[f"x{scale}/{i}"] for i in range(count)] for scale in (task.scale, 1))
+    return by_crop(task, slices(task, lr, hr), step=16)
+
+
+def open_chunked(task: Task) -> Start:
+    """Slices of the datasets in our own HDF5 shards, which are kept open."""
+    index, folder = task.dataset().shards.index, task.folder / "shards"
+    # No chunk cache: chunks that are not compressed are then read straight into the result.
+    files = [h5py.File(folder / shard.file, "r", rdcc_nbytes=0) for shard in index.shards]
+    lr, hr = (
+        [files[index.shard[i]][plane_group(scale)][index.name[i]] for i in range(len(index.name))]
+        for scale in (task.scale, HR)
+    )
+    return by_crop(task, slices(task, lr, hr), step=16)
+
+
+def write_zarr(images: dict[int, ImageDataset], folder: Path) -> None:
+    """An array for each image and plane, not compressed."""
+    zarr: Any = importlib.import_module("zarr")
+    for scale in planes(images):
+        for number in range(len(images[max(images)])):
+            pixels = image_pixels(images, scale, number)
+            side = min(ZARR_CHUNK, *pixels.shape[:2])
+            array = zarr.create_array(
+                store=folder / f"x{scale}" / str(number),
+                shape=pixels.shape,
+                chunks=(side, side, 3),
+                dtype="uint8",
+                compressors=None,
+                filters=None,
+            )
+            array[:] = pixels
+
+
+def open_zarr(task: Task) -> Start:
+    """Slices of arrays that are kept open."""
+    zarr: Any = importlib.import_module("zarr")
+    zarr.config.set({"async.concurrency": max(10, task.in_flight)})
+    count = len(task.dataset().shards.index.name)
+    lr, hr = (
+        [zarr.open_array(task.folder / "zarr" / f"x{scale}" / str(i), mode="r") for i in range(count)]
+        for scale in (task.scale, 1)
+    )
+    return by_crop(task, slices(task, lr, hr), step=16)
+
+
+def open_tensorstore(task: Task) -> Start:
+    """The zarr arrays by TensorStore: all reads of a batch are begun before the first is waited for."""
+    ts: Any = importlib.import_module("tensorstore")
+    cores = len(task.cores) if task.cores else 0
+    limits = {"file_io_concurrency": {"limit": cores or max(task.in_flight, 4)}}
+    if cores:
+        limits["data_copy_concurrency"] = {"limit": cores}
+    context = ts.Context(limits)
+
+    def stores(scale: int) -> list[Any]:
+        root = task.folder / "zarr" / f"x{scale}"
+        specs = [
+            {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{root / str(i)}/"}}
+            for i in range(len(task.dataset().shards.index.name))
+        ]
+        opening = [ts.open(spec, context=context, read=True, recheck_cached="open") for spec in specs]
+        return [future.result() for future in opening]
+
+    lr, hr, crops, scale, (patch, side) = stores(task.scale), stores(1), task.crops(), task.scale, task.sides
+    image, top, left = crops.image.tolist(), crops.top.tolist(), crops.left.tolist()
+
+    def read(samples: range, to_lr: Pixels, to_hr: Pixels) -> None:
+        with ts.Batch() as batch:
+            reads = [
+                (
+                    lr[image[n]][top[n] : top[n] + patch, left[n] : left[n] + patch].read(batch=batch),
+                    hr[image[n]][
+                        top[n] * scale : top[n] * scale + side, left[n] * scale : left[n] * scale + side
+                    ].read(batch=batch),
+                )
+                for n in samples
+            ]
+        for k, (small, large) in enumerate(reads):
+            to_lr[k] = np.asarray(small.result())
+            to_hr[k] = np.asarray(large.result())
+
+    return by_batch(task, read)
+
+
+CONTIGUOUS = Way(
+    "h5py contiguous",
+    "hdf5",
+    open_contiguous,
+    "one HDF5 file, a contiguous dataset per image and plane, datasets kept open; crops are slices",
+    write_contiguous,
+)
+CHUNKED = Way(
+    "h5py chunked",
+    "shards",
+    open_chunked,
+    "our own HDF5 shards (64-pixel chunks) by h5py, datasets kept open, no chunk cache; crops are slices",
+)
+ZARR = Way(
+    "zarr",
+    "zarr",
+    open_zarr,
+    f"zarr 3, an array per image and plane, chunks of {ZARR_CHUNK} × {ZARR_CHUNK} pixels, no compressor, arrays kept "
+    "open; crops are slices",
+    write_zarr,
+)
+TENSORSTORE = Way(
+    "TensorStore",
+    "zarr",
+    open_tensorstore,
+    "driver zarr3 on the same files; all reads of a batch begun in one ts.Batch, then waited for",
+    write_zarr,
+)
+TENSORSTORE_ALL = Way(
+    "TensorStore, all cores",
+    "zarr",
+    open_tensorstore,
+    "the same without limits to its threads",
+    write_zarr,
+    all_cores=True,
+)
