@@ -2,20 +2,22 @@
 
 import math
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 
 from loader.dataset import Pair, PatchDataset, channels_first, need
-from loader.format import CHANNELS, ShardsError
+from loader.format import ShardsError
+from loader.pipeline import run
 from loader.plan import Crops
-from loader.readahead import Io, Reader, open_reader
+from loader.readahead import Io, open_reader
 from loader.tiles import Pixels
 
 SAMPLES_AHEAD = 256  # asked for ahead of their turn, where nothing else is said; benchmarks/README.md has the measure
@@ -91,6 +93,7 @@ class PatchLoader:
         self.start, self.epochs, self.io, self.threads, self.drop_pages = start, epochs, io, threads, drop_pages
         self.readahead = max(2, math.ceil(SAMPLES_AHEAD / batch_size)) if readahead is None else readahead
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._end = sys.maxsize if epochs is None else epochs * len(dataset)
         self._next = start
         self._batches, self._waited, self._bytes, self._requests = 0, 0.0, 0, 0
 
@@ -98,7 +101,7 @@ class PatchLoader:
         """Batches from `start` to the end; TypeError where there is none."""
         if self.epochs is None:
             raise TypeError("a PatchLoader without epochs has no length")
-        left = max(self.epochs * len(self.dataset) - self.start, 0)
+        left = max(self._end - self.start, 0)
         whole, rest = divmod(left, self.batch_size * self.world_size)
         return whole + (rest >= self.world_size)
 
@@ -127,53 +130,32 @@ class PatchLoader:
         self.start = self._next = state["sample"]
 
     def _steps(self) -> Iterator[Step]:
-        end = math.inf if self.epochs is None else self.epochs * len(self.dataset)
         first, together = self.start, self.batch_size * self.world_size
-        while end - first >= self.world_size:
-            count = int(min(self.batch_size, (end - first) // self.world_size))
+        while self._end - first >= self.world_size:
+            count = min(self.batch_size, (self._end - first) // self.world_size)
             yield Step(first + self.rank * count, count)
             first += together
 
     def _stream(self) -> Iterator[Pair]:
-        data, steps = self.dataset, self._steps()
+        data = self.dataset
         reader = open_reader(data.shards, data.scale, data.lr_patch, self.io, self.drop_pages)
-        # Asking has a thread of its own: it must not stand in line behind gathers that wait for the storage.
-        asker, gatherer = ThreadPoolExecutor(1, "srshards-ask"), ThreadPoolExecutor(self.threads, "srshards-gather")
-        memory = Memory(self.pin_memory, spare=self.threads + 3)
-        asked: deque[tuple[Step, Future[Any]]] = deque()
-        made: deque[tuple[Step, Future[Pair]]] = deque()
-        seen = (0, 0)
-        try:
-            while True:
-                while len(asked) + len(made) <= self.readahead + self.threads and (step := next(steps, None)):
-                    asked.append((step, asker.submit(self._ask, reader, step)))
-                while asked and len(made) <= self.threads:
-                    step, ticket = asked.popleft()
-                    sides = (data.lr_patch, data.lr_patch * data.scale)
-                    arrays = [memory.take((step.count, side, side, CHANNELS)) for side in sides]
-                    made.append((step, gatherer.submit(_gather, ticket, *arrays)))
-                    del arrays
-                if not made:
-                    return
-                step, batch = made.popleft()
-                before = time.perf_counter()
-                pair = batch.result()
+        memory = Memory(self.pin_memory, spare=2 * (self.threads + 3))
+        draws = (partial(crops_of, data, step) for step in self._steps())
+        with closing(run(reader, draws, self.readahead, self.threads, memory.take)) as batches:
+            before, asked = time.perf_counter(), reader.asked
+            for lr, hr in batches:
+                now, seen = reader.asked, asked
                 self._waited += time.perf_counter() - before
-                del batch
                 self._batches += 1
-                self._bytes += reader.asked.bytes - seen[0]
-                self._requests += reader.asked.requests - seen[1]
-                seen = (reader.asked.bytes, reader.asked.requests)
-                self._next += self.batch_size * self.world_size
+                self._bytes += now.bytes - seen.bytes
+                self._requests += now.requests - seen.requests
+                asked = now
+                self._next = min(self._next + self.batch_size * self.world_size, self._end)
+                pair = channels_first(lr), channels_first(hr)
+                del lr, hr  # what nobody refers to is used again
                 yield pair
                 del pair
-        finally:
-            asker.shutdown(cancel_futures=True)
-            gatherer.shutdown(cancel_futures=True)
-            reader.close()
-
-    def _ask(self, reader: Reader, step: Step) -> Any:
-        return reader.ask(crops_of(self.dataset, step))
+                before = time.perf_counter()
 
 
 def crops_of(dataset: PatchDataset, step: Step) -> Crops:
@@ -195,11 +177,6 @@ def to_float(batch: Pair, device: torch.device | str) -> Pair:
     return lr, hr
 
 
-def _gather(ticket: Future[Any], lr: Pixels, hr: Pixels) -> Pair:
-    ticket.result().gather(lr, hr)
-    return channels_first(lr), channels_first(hr)
-
-
 class Memory:
     """Arrays for batches, handed out again when nobody refers to them any more.
 
@@ -209,17 +186,19 @@ class Memory:
     def __init__(self, pinned: bool, spare: int) -> None:
         self._pinned, self._spare = pinned, spare
         self._arrays: deque[Pixels] = deque()
+        self._guard = threading.Lock()
 
     def take(self, shape: tuple[int, ...]) -> Pixels:
-        """An array of that shape, of any content."""
+        """An array of that shape, of any content; any thread may ask."""
         if self._pinned:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
-        for i in range(len(self._arrays)):
-            # Two references: that of the deque, and that of the call. A tensor over the array adds one.
-            if self._arrays[i].shape == shape and sys.getrefcount(self._arrays[i]) <= 2:
-                return self._arrays[i]
-        array: Pixels = np.empty(shape, np.uint8)
-        self._arrays.append(array)
-        while len(self._arrays) > 2 * self._spare:
-            self._arrays.popleft()
-        return array
+        with self._guard:
+            for i in range(len(self._arrays)):
+                # Two references: that of the deque, and that of the call. A tensor over the array adds one.
+                if self._arrays[i].shape == shape and sys.getrefcount(self._arrays[i]) <= 2:
+                    return self._arrays[i]
+            array: Pixels = np.empty(shape, np.uint8)
+            self._arrays.append(array)
+            while len(self._arrays) > self._spare:
+                self._arrays.popleft()
+            return array

@@ -17,6 +17,7 @@ class MappedReader:
 
     def __init__(self, shards: Shards, planes: tuple[Plane, Plane], drop_pages: bool) -> None:
         self.asked = Asked()
+        self.sides = (planes[0].side, planes[1].side)
         self._shards, self._planes = shards, planes
         self._limit = advice_limit(shards.folder)
         self._files = Files(shards.folder, shards.index.shards) if drop_pages else None
@@ -25,8 +26,7 @@ class MappedReader:
         """See Reader."""
         wanted = cut(merged(pages(batch_ranges(self._planes, crops))), self._limit)
         self._shards.advise(wanted.shard, wanted.start, wanted.stop, mmap.MADV_WILLNEED)
-        self.asked.bytes += wanted.bytes
-        self.asked.requests += len(wanted)
+        self.asked += wanted
         return MappedTicket(self, crops)
 
     def gather(self, crops: Crops, lr: Pixels, hr: Pixels) -> None:

@@ -39,6 +39,11 @@ class Plan:
         self._seed = seed
         self._augment = augment
 
+    @property
+    def positions(self) -> int:
+        """How many (image, position) pairs there are."""
+        return int(self._bounds[-1])
+
     def crops(self, epoch: int, samples: ArrayLike) -> Crops:
         """The crops of samples (int array, each ≥ 0) of an epoch ≥ 0."""
         words = philox(self._seed, epoch, np.asarray(samples, np.uint64))

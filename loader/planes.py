@@ -50,9 +50,12 @@ def planes_of(shards: Shards, scale: int, patch: int) -> tuple[Plane, Plane]:
     return Plane(shards, scale, 1, patch), Plane(shards, HR, scale, patch * scale)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Asked:
-    """What was asked of the storage so far."""
+    """How much was asked of the storage: bytes, in so many requests."""
 
     bytes: int = 0
     requests: int = 0
+
+    def __add__(self, ranges: Ranges) -> "Asked":
+        return Asked(self.bytes + ranges.bytes, self.requests + len(ranges))

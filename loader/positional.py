@@ -24,6 +24,7 @@ class PositionalReader:
 
     def __init__(self, shards: Shards, planes: tuple[Plane, Plane], drop_pages: bool) -> None:
         self.asked = Asked()
+        self.sides = (planes[0].side, planes[1].side)
         self._planes, self._files = planes, Files(shards.folder, shards.index.shards)
         self._drop = drop_pages
         self._pool = ThreadPoolExecutor(READ_THREADS, "srshards-read")
@@ -36,8 +37,7 @@ class PositionalReader:
             plane.shards.check_crops(plane.scale, crops.image, *corner, (plane.side, plane.side))
             parts.append(_lay_out(plane, crops))
         for part in parts:
-            self.asked.bytes += part.ranges.bytes
-            self.asked.requests += len(part.ranges)
+            self.asked += part.ranges
         reads = [self._pool.submit(self._read, part, first, last) for part in parts for first, last in part.by_crop()]
         return PositionalTicket(crops, parts, reads)
 

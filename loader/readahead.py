@@ -27,6 +27,7 @@ class Reader(Protocol):
     """A way of reading batches of crops: ask early, gather late. Any thread may do either."""
 
     asked: Asked
+    sides: tuple[int, int]  # of LR and HR crops
 
     def ask(self, crops: Crops) -> Ticket:
         """Ask the storage for the bytes of a batch, without waiting for them."""

@@ -134,6 +134,37 @@ def info(folder: Path | None, as_json: bool, system: bool) -> None:
     click.echo("\n".join(lines))
 
 
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--scale", type=int, help="[default: the largest in the dataset]")
+@click.option("--lr-patch", type=click.IntRange(min=1), default=64, help="In LR pixels.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64)
+@click.option("--step-ms", type=click.FloatRange(min=0, min_open=True), default=100.0, help="How long a step takes.")
+@click.option("--threads", type=click.IntRange(min=1), default=2, help="That gather batches.")
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=30.0, help="How long to measure.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def bench(
+    folder: Path,
+    scale: int | None,
+    lr_patch: int,
+    batch_size: int,
+    step_ms: float,
+    threads: int,
+    seconds: float,
+    as_json: bool,
+) -> None:
+    """Will the storage of the dataset at DIR keep up with training?"""
+    from loader.index import read_index
+    from prep.bench import Need, advice, measure, report_lines
+
+    need = Need(scale or max(read_index(folder).scales), lr_patch, batch_size, step_ms, threads)
+    report = measure(folder, need, seconds)
+    if as_json:
+        click.echo(json.dumps(vars(report) | {"advice": advice(report, folder)}, indent=1))
+    else:
+        click.echo("\n".join(report_lines(report, need, folder)))
+
+
 def _sources(sources: tuple[Path, ...], sample: bool) -> list[Path]:
     if sample:
         from prep.sample import sample_photographs

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OURS = ("prep", "loader", "model", "train")
 NUMPY_ONLY = {
-    "fields", "files", "format", "index", "kernel", "mapped", "plan", "planes", "positional", "ranges", "readahead",
-    "shards", "storage", "tiles",
+    "fields", "files", "format", "index", "kernel", "mapped", "pipeline", "plan", "planes", "positional", "ranges",
+    "readahead", "shards", "storage", "tiles",
 }  # fmt: skip
 
 # What a module may import of ours (None: nothing), by the first rule that matches it.
