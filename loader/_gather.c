@@ -1,8 +1,9 @@
 /* Crops out of tiles, each under one of the 8 transforms: the compiled twin of tiles.gather and plan.transform.
 
-   A crop is taken piece by piece, a piece being what lies in one tile. While one is copied, the cache is asked for the
-   next: tiles lie in many places, and the processor cannot guess them. Mirrored rows and transposed blocks are turned
-   in vector registers. Addresses come from loader.shards, which has checked them against the mapped files. */
+   Tiles lie in many places, which the processor cannot guess: the cache is asked for the coming ones while others are
+   copied. Rows are copied one by one, mirrored or not, each from all tiles that it crosses. Transposed crops are taken
+   tile by tile, in blocks that are turned in vector registers. Addresses come from loader.shards, which has checked
+   them against the mapped files. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -10,6 +11,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
 #define VECTORS __attribute__((target_clones("avx2", "ssse3", "default")))
@@ -18,18 +22,25 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { CHANNELS = 3, CACHE_LINE = 64 };
+enum { CHANNELS = 3, CACHE_LINE = 64, LINES_AHEAD = 16, PLACES_AHEAD = 4 };
+enum { STAGE = 4096, LARGE = 8 << 20 }; /* bytes: of the longest line that is streamed, and of outputs from which on */
 enum { MIRROR_COLUMNS = 1, MIRROR_ROWS = 2, TRANSPOSE = 4 }; /* bits of a transform */
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(16)));
 typedef uint64_t Halves __attribute__((vector_size(16)));
 
+typedef struct {
+    const uint8_t *tiles;
+    int64_t cols, tile, top, left, height, width, transform;
+} Crop;
+
 /* What lies of a crop in one tile. Steps are in bytes; a negative one goes through a side backwards. */
 typedef struct {
     const uint8_t *from, *next; /* `next`: the tile to ask the cache for */
-    uint8_t *to;
-    int64_t lines, pixels;               /* of the source */
+    uint8_t *to, *next_to;
+    int64_t lines, pixels;                    /* of the source */
+    int64_t next_pixels;                      /* places to ask the cache for, from `next_to` on */
     int64_t from_step, line_step, pixel_step; /* from line to line; in `to`, per line and per pixel of the source */
 } Piece;
 
@@ -37,6 +48,24 @@ INLINE void ask(const uint8_t *at, int64_t bytes)
 {
     for (int64_t i = 0; i < bytes; i += CACHE_LINE)
         __builtin_prefetch(at + i);
+}
+
+/* The same for bytes to be written. */
+INLINE void ask_to_write(const uint8_t *at, int64_t bytes)
+{
+    for (int64_t i = 0; i < bytes; i += CACHE_LINE)
+        __builtin_prefetch(at + i, 1);
+}
+
+/* Write a line past the caches, `to` and `bytes` being multiples of theirs, where that can be done. */
+INLINE void stream(uint8_t *to, const uint8_t *from, int64_t bytes)
+{
+#if defined(__SSE2__)
+    for (int64_t i = 0; i < bytes; i += 16)
+        _mm_stream_si128((__m128i *)(to + i), _mm_load_si128((const __m128i *)(from + i)));
+#else
+    memcpy(to, from, (size_t)bytes);
+#endif
 }
 
 /* Four pixels: 16 bytes at once where those beyond the 12 may be touched, else by way of words. */
@@ -87,18 +116,81 @@ INLINE void mirror_row(uint8_t *to, const uint8_t *from, int64_t pixels)
         memcpy(to + x * CHANNELS, from + (pixels - x - 1) * CHANNELS, CHANNELS);
 }
 
-/* The rows of a piece as rows. With columns mirrored, `to` is where the last pixel of a row belongs. */
-INLINE void place_rows(Piece piece, int mirrored, int64_t bytes)
+/* A line of a crop: where it starts in the first tile that it crosses, and how many are left in that row of tiles. */
+typedef struct {
+    const uint8_t *at;
+    int64_t left;
+} Line;
+
+INLINE Line line_of(const Crop *crop, int64_t y)
 {
-    for (int64_t i = 0; i < piece.lines; i++) {
-        ask(piece.next, piece.from_step);
-        if (mirrored)
-            mirror_row(piece.to, piece.from, piece.pixels);
+    const int64_t tile_row = crop->tile * CHANNELS, row = (crop->top + y) / crop->tile;
+    const int64_t in_y = (crop->top + y) % crop->tile, first = row * crop->cols + crop->left / crop->tile;
+    return (Line){crop->tiles + (first * crop->tile + in_y) * tile_row, crop->tile - in_y};
+}
+
+INLINE void to_next_line(Line *line, const Crop *crop)
+{
+    const int64_t tile_row = crop->tile * CHANNELS;
+    line->at += tile_row;
+    if (--line->left == 0) { /* from the end of a tile to the one below */
+        line->at += (crop->cols - 1) * crop->tile * tile_row;
+        line->left = crop->tile;
+    }
+}
+
+INLINE void ask_line(Line *line, const Crop *crop, int64_t tiles)
+{
+    const int64_t tile_row = crop->tile * CHANNELS;
+    for (int64_t i = 0; i < tiles; i++)
+        ask(line->at + i * crop->tile * tile_row, tile_row);
+    to_next_line(line, crop);
+}
+
+INLINE void copy_pixels(uint8_t *to, const uint8_t *from, int64_t pixels, int mirrored)
+{
+    if (mirrored)
+        mirror_row(to, from, pixels);
+    else if (pixels == 64) /* whole tiles of the default size: a copy of constant length needs no call */
+        memcpy(to, from, 64 * CHANNELS);
+    else
+        memcpy(to, from, (size_t)(pixels * CHANNELS));
+}
+
+/* A crop line by line, each from all tiles that it crosses; the lines go to `out` from the first or the last on.
+
+   Of a large output little will be in the caches when it is used. Streaming it spares the memory the reading of what
+   will be overwritten, a third of the traffic, and leaves the caches to others. Lines are put together in `stage`. */
+INLINE void gather_lines(const Crop *crop, const Crop *next, int mirrored, int large, uint8_t *out)
+{
+    const int64_t tile = crop->tile, row = crop->width * CHANNELS, in_x = crop->left % tile;
+    const int64_t tiles = (in_x + crop->width + tile - 1) / tile, step = crop->transform & MIRROR_ROWS ? -row : row;
+    const int64_t ahead = crop->height < LINES_AHEAD ? crop->height : LINES_AHEAD;
+    const int streamed = large && row <= STAGE && row % CACHE_LINE == 0 && (uintptr_t)out % CACHE_LINE == 0;
+    Line line = line_of(crop, 0), coming = line_of(crop, ahead), after = line_of(next, 0);
+    uint8_t stage[STAGE] __attribute__((aligned(CACHE_LINE)));
+
+    if (step < 0)
+        out += (crop->height - 1) * row;
+    for (int64_t y = 0; y < crop->height; y++, out += step) {
+        const uint8_t *from = line.at + in_x * CHANNELS;
+        uint8_t *to = streamed ? stage : out;
+
+        if (!streamed)
+            ask_to_write(out + PLACES_AHEAD * step, row);
+        if (y + ahead < crop->height)
+            ask_line(&coming, crop, tiles);
         else
-            memcpy(piece.to, piece.from, (size_t)bytes);
-        piece.from += piece.from_step;
-        piece.next += piece.from_step;
-        piece.to += piece.line_step;
+            ask_line(&after, next, tiles);
+        for (int64_t x = 0, pixels; x < crop->width; x += pixels) {
+            const int64_t room = x ? tile : tile - in_x;
+            pixels = room < crop->width - x ? room : crop->width - x;
+            copy_pixels(to + (mirrored ? crop->width - x - pixels : x) * CHANNELS, from, pixels, mirrored);
+            from += ((tile - 1) * tile + room) * CHANNELS; /* the same line in the next tile */
+        }
+        if (streamed)
+            stream(out, stage, row);
+        to_next_line(&line, crop);
     }
 }
 
@@ -147,6 +239,7 @@ INLINE void place_columns(Piece piece)
     const int64_t row = piece.from_step;
     int64_t i = 0;
     if (piece.line_step < 0) { /* take the lines from the last one on: stores then go forwards */
+        piece.next_to += (piece.lines - 1) * piece.line_step;
         piece.from += (piece.lines - 1) * piece.from_step;
         piece.to += (piece.lines - 1) * piece.line_step;
         piece.from_step = -piece.from_step;
@@ -156,6 +249,8 @@ INLINE void place_columns(Piece piece)
         const uint8_t *from = piece.from + i * piece.from_step;
         uint8_t *to = piece.to + i * piece.line_step;
         ask(piece.next + i * row, 4 * row);
+        for (int64_t j = i; j < i + 4 && j < piece.next_pixels; j++)
+            ask_to_write(piece.next_to + j * piece.pixel_step, piece.lines * CHANNELS);
         if (i + 6 <= piece.lines)
             place_four_columns(from, piece.from_step, piece.pixels, to, piece.pixel_step, 1);
         else
@@ -167,20 +262,13 @@ INLINE void place_columns(Piece piece)
                    piece.from + i * piece.from_step + j * CHANNELS, CHANNELS);
 }
 
-typedef struct {
-    const uint8_t *tiles;
-    int64_t cols, tile, top, left, height, width, transform;
-} Crop;
-
-VECTORS
-static void gather_crop(const Crop *crop, uint8_t *out)
+/* A crop with lines and pixels changing places, tile by tile. */
+INLINE void gather_columns(const Crop *crop, uint8_t *out)
 {
     const int64_t tile = crop->tile, tile_row = tile * CHANNELS, tile_bytes = tile * tile_row;
-    const int mirrored = (crop->transform & MIRROR_COLUMNS) != 0, transposed = (crop->transform & TRANSPOSE) != 0;
-    const int64_t out_row = (transposed ? crop->height : crop->width) * CHANNELS;
-    int64_t line_step = transposed ? CHANNELS : out_row, pixel_step = transposed ? out_row : CHANNELS;
+    int64_t line_step = CHANNELS, pixel_step = crop->height * CHANNELS;
 
-    if (mirrored) { /* pixels go backwards, from the last place */
+    if (crop->transform & MIRROR_COLUMNS) { /* pixels go backwards, from the last place */
         out += (crop->width - 1) * pixel_step;
         pixel_step = -pixel_step;
     }
@@ -188,42 +276,46 @@ static void gather_crop(const Crop *crop, uint8_t *out)
         out += (crop->height - 1) * line_step;
         line_step = -line_step;
     }
-    for (int64_t y = 0; y < crop->height;) {
-        const int64_t row = (crop->top + y) / tile, in_y = (crop->top + y) % tile;
-        const int64_t lines = tile - in_y < crop->height - y ? tile - in_y : crop->height - y;
+    for (int64_t y = 0, lines; y < crop->height; y += lines) {
+        const int64_t in_y = (crop->top + y) % tile;
+        lines = tile - in_y < crop->height - y ? tile - in_y : crop->height - y;
 
-        for (int64_t x = 0; x < crop->width;) {
-            const int64_t col = (crop->left + x) / tile, in_x = (crop->left + x) % tile;
-            const int64_t pixels = tile - in_x < crop->width - x ? tile - in_x : crop->width - x;
-            const uint8_t *corner = crop->tiles + (row * crop->cols + col) * tile_bytes + in_y * tile_row;
+        for (int64_t x = 0, pixels; x < crop->width; x += pixels) {
+            const int64_t in_x = (crop->left + x) % tile;
+            const uint8_t *line = line_of(crop, y).at + ((crop->left + x) / tile - crop->left / tile) * tile_bytes;
             Piece piece = {
-                .from = corner + in_x * CHANNELS,
-                .next = corner, /* the last piece asks for itself */
+                .from = line + in_x * CHANNELS,
+                .next = line, /* the last piece asks for itself */
                 .to = out + y * line_step + x * pixel_step,
                 .lines = lines,
-                .pixels = pixels,
+                .pixels = pixels = tile - in_x < crop->width - x ? tile - in_x : crop->width - x,
                 .from_step = tile_row,
                 .line_step = line_step,
                 .pixel_step = pixel_step,
             };
-            if (x + pixels < crop->width)
-                piece.next = corner + tile_bytes;
-            else if (y + lines < crop->height)
-                piece.next = crop->tiles + ((row + 1) * crop->cols + crop->left / tile) * tile_bytes;
-
-            if (transposed)
-                place_columns(piece);
-            else if (mirrored) {
-                piece.to -= (pixels - 1) * CHANNELS;
-                place_rows(piece, 1, 0);
-            } else if (pixels == 64 && tile == 64) /* whole tiles of the default size: a copy of constant length */
-                place_rows(piece, 0, 64 * CHANNELS);
-            else
-                place_rows(piece, 0, pixels * CHANNELS);
-            x += pixels;
+            if (x + pixels < crop->width) {
+                piece.next = line + tile_bytes;
+                piece.next_to = piece.to + pixels * pixel_step;
+                piece.next_pixels = tile < crop->width - x - pixels ? tile : crop->width - x - pixels;
+            } else if (y + lines < crop->height) {
+                piece.next = line_of(crop, y + lines).at;
+                piece.next_to = out + (y + lines) * line_step;
+                piece.next_pixels = tile - crop->left % tile < crop->width ? tile - crop->left % tile : crop->width;
+            }
+            place_columns(piece);
         }
-        y += lines;
     }
+}
+
+VECTORS
+static void gather_crop(const Crop *crop, const Crop *next, int large, uint8_t *out)
+{
+    if (crop->transform & TRANSPOSE)
+        gather_columns(crop, out);
+    else if (crop->transform & MIRROR_COLUMNS)
+        gather_lines(crop, next, 1, large, out);
+    else
+        gather_lines(crop, next, 0, large, out);
 }
 
 static PyObject *gather(PyObject *module, PyObject *args)
@@ -246,11 +338,18 @@ static PyObject *gather(PyObject *module, PyObject *args)
         for (int i = 0; i < 5; i++)
             values[i] = column[i].buf;
         Py_BEGIN_ALLOW_THREADS
-        for (Py_ssize_t i = 0; i < count; i++, to += height * width * CHANNELS) {
-            const Crop crop = {(const uint8_t *)(intptr_t)values[0][i], values[1][i], tile, values[2][i],
-                               values[3][i], height, width, values[4][i]};
-            gather_crop(&crop, to);
+        Crop crop, next = {0};
+        for (Py_ssize_t i = count; i >= 0; i--) { /* one early, since each needs to know the next */
+            crop = next;
+            if (i > 0)
+                next = (Crop){(const uint8_t *)(intptr_t)values[0][i - 1], values[1][i - 1], tile, values[2][i - 1],
+                              values[3][i - 1], height, width, values[4][i - 1]};
+            if (i < count)
+                gather_crop(&crop, &next, out.len >= LARGE, to + i * height * width * CHANNELS);
         }
+#if defined(__SSE2__)
+        _mm_sfence(); /* what was streamed is there for other threads */
+#endif
         Py_END_ALLOW_THREADS
     }
     for (int i = 0; i < 5; i++)

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from loader.dataset import Pair, PatchDataset, channels_first, need
+from loader.dataset import Pair, PatchDataset, aligned, channels_first, need
 from loader.format import ShardsError
 from loader.pipeline import run
 from loader.plan import Crops
@@ -191,13 +191,13 @@ class Memory:
     def take(self, shape: tuple[int, ...]) -> Pixels:
         """An array of that shape, of any content; any thread may ask."""
         if self._pinned:
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+            return aligned(shape, pinned=True)
         with self._guard:
             for i in range(len(self._arrays)):
                 # Two references: that of the deque, and that of the call. A tensor over the array adds one.
                 if self._arrays[i].shape == shape and sys.getrefcount(self._arrays[i]) <= 2:
                     return self._arrays[i]
-            array: Pixels = np.empty(shape, np.uint8)
+            array = aligned(shape)
             self._arrays.append(array)
             while len(self._arrays) > self._spare:
                 self._arrays.popleft()

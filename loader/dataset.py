@@ -113,7 +113,7 @@ class PatchDataset(Dataset[Pair]):
 
     def _pixels(self, crops: Crops, plane: int, zoom: int) -> Tensor:
         side = self.lr_patch * zoom
-        out = np.empty((len(crops.image), side, side, CHANNELS), np.uint8)
+        out = aligned((len(crops.image), side, side, CHANNELS))
         self.shards.gather(plane, crops.image, crops.top * zoom, crops.left * zoom, out, crops.transform)
         return channels_first(out)
 
@@ -176,6 +176,12 @@ class ImageDataset(Dataset[Pair]):
         zero = np.zeros(1, np.int64)
         self.shards.gather(plane, np.array([number]), zero, zero, out)
         return channels_first(out)[0]
+
+
+def aligned(shape: tuple[int, ...], pinned: bool = False) -> Pixels:
+    """Memory of any content that starts on a cache line, as torch gives it; numpy's does not."""
+    memory: Pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
+    return memory
 
 
 def channels_first(images: Pixels) -> Tensor:

@@ -50,6 +50,22 @@ def test_kernel_and_fallback_turn_crops_alike(tile: int, side: int, place: tuple
         assert (out[2] == 99).all()
 
 
+@pytest.mark.parametrize("shift", [0, 16])
+def test_large_outputs(shift: int) -> None:
+    """Outputs that the caches do not hold are written past them, where they start on a cache line."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (700, 900, 3), np.uint8)
+    tiles, count, side = split(image, 64), 43, 256
+    top, left, number = (rng.integers(0, high, count) for high in (445, 645, 8))
+    memory = np.empty(count * side * side * 3 + 128, np.uint8)
+    out = memory[-memory.ctypes.data % 64 + shift :][: count * side * side * 3].reshape(count, side, side, 3)
+    address, cols = np.full(count, tiles.ctypes.data), np.full(count, tiles.shape[1])
+    gather_crops(address, cols, top, left, number, 64, out)
+    for k in range(count):
+        crop = image[top[k] : top[k] + side, left[k] : left[k] + side]
+        np.testing.assert_array_equal(out[k], transformed(crop, int(number[k])))
+
+
 def test_the_kernel_stays_within_its_pages() -> None:
     """Tiles that end where the memory that may be read ends, and an output that ends where none may be written."""
     if kernel is None:
