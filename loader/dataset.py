@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from loader.format import CHANNELS, HR, ShardsError, Strings
 from loader.plan import Crops, Plan
+from loader.readahead import Reader, open_reader
 from loader.shards import Shards
 from loader.tiles import Pixels
 
@@ -72,6 +73,7 @@ class PatchDataset(Dataset[Pair]):
         self._check_small(patches, too_small)
         self._length = int(patches.sum()) if length is None else length
         self.plan = Plan(height, width, lr_patch, seed, augment)
+        self._readers: dict[int, Reader] = {}  # by process
         # Shared with DataLoader workers, so that persistent ones see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
@@ -101,8 +103,19 @@ class PatchDataset(Dataset[Pair]):
     def __getitems__(self, samples: Sequence[int]) -> list[Pair]:
         """Many samples at once, as torch's DataLoader asks for them."""
         crops = self._crops(samples)
-        lr, hr = self._pixels(crops, self.scale, 1), self._pixels(crops, HR, self.scale)
-        return list(zip(lr.unbind(), hr.unbind(), strict=True))
+        reader = self._reader()
+        lr, hr = (aligned((len(samples), side, side, CHANNELS)) for side in reader.sides)
+        reader.ask(crops).gather(lr, hr)
+        return list(zip(channels_first(lr).unbind(), channels_first(hr).unbind(), strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_readers": {}}
+
+    def _reader(self) -> Reader:
+        """This process's: threads do not come along when a process forks."""
+        if os.getpid() not in self._readers:
+            self._readers[os.getpid()] = open_reader(self.shards, self.scale, self.lr_patch)
+        return self._readers[os.getpid()]
 
     def _crops(self, samples: Sequence[int]) -> Crops:
         numbers = np.asarray(samples, np.int64)
@@ -110,12 +123,6 @@ class PatchDataset(Dataset[Pair]):
         if ((numbers < 0) | (numbers >= len(self))).any():
             raise IndexError(f"samples: expected 0 to {len(self) - 1}, got {list(samples)}")
         return self.plan.crops(self.epoch, numbers)
-
-    def _pixels(self, crops: Crops, plane: int, zoom: int) -> Tensor:
-        side = self.lr_patch * zoom
-        out = aligned((len(crops.image), side, side, CHANNELS))
-        self.shards.gather(plane, crops.image, crops.top * zoom, crops.left * zoom, out, crops.transform)
-        return channels_first(out)
 
     def _check_small(self, patches: Any, too_small: str) -> None:
         small = np.flatnonzero(patches == 0)
@@ -160,9 +167,9 @@ class ImageDataset(Dataset[Pair]):
 
     def __getitem__(self, item: int | str) -> Pair:
         number = self._number(item) if isinstance(item, str) else range(len(self))[item]
-        height, width = (int(sizes[number]) for sizes in self.shards.index.sizes(self.scale))
-        lr = self._pixels(number, self.scale, height, width)
-        return lr, self._pixels(number, HR, height * self.scale, width * self.scale)
+        lr, hr = self.shards.read(number, self.scale), self.shards.read(number, HR)
+        hr = np.ascontiguousarray(hr[: lr.shape[0] * self.scale, : lr.shape[1] * self.scale])
+        return channels_first(lr[None])[0], channels_first(hr[None])[0]
 
     def _number(self, name: str) -> int:
         if not self._numbers:
@@ -170,12 +177,6 @@ class ImageDataset(Dataset[Pair]):
         if name not in self._numbers:
             raise KeyError(f"{self.shards.folder}: expected the name of one of {len(self)} images, got {name!r}")
         return self._numbers[name]
-
-    def _pixels(self, number: int, plane: int, height: int, width: int) -> Tensor:
-        out = np.empty((1, height, width, CHANNELS), np.uint8)
-        zero = np.zeros(1, np.int64)
-        self.shards.gather(plane, np.array([number]), zero, zero, out)
-        return channels_first(out)[0]
 
 
 def aligned(shape: tuple[int, ...], pinned: bool = False) -> Pixels:

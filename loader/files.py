@@ -35,6 +35,12 @@ class Files:
         self._descriptors: dict[int, int] = {}
         self._opening = threading.Lock()
 
+    def __enter__(self) -> "Files":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def descriptor(self, shard: int) -> int:
         """An open descriptor of a shard."""
         with self._opening:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loader.files import open_shard
+from loader.files import Files, open_shard
 from loader.format import CHANNELS, FormatError, Shard, ShardsError, plane_name
 from loader.index import read_index
 from loader.tiles import Ints, Pixels, gather_crops, kernel
@@ -53,6 +53,22 @@ class Shards:
         side, (height, width) = plane.tile, self.index.sizes(scale)
         shape = (-(-int(height[image]) // side), -(-int(width[image]) // side), side, side, CHANNELS)
         return np.ndarray(shape, np.uint8, self._map(shard), int(plane.offset[image]))
+
+    def read(self, image: int, scale: int) -> Pixels:
+        """One whole image of the plane of that scale (1: HR), uint8 (h, w, 3), by one read rather than the map.
+
+        Raises:
+            FormatError: the file cannot be read, or has another length than recorded.
+        """
+        plane, shard = self.index.planes[scale], int(self.index.shard[image])
+        height, width = (int(sizes[image]) for sizes in self.index.sizes(scale))
+        cols = -(-width // plane.tile)
+        memory = np.empty(int(self.index.run_lengths(scale)[image]), np.uint8)
+        with Files(self.folder, self.index.shards) as files:
+            files.read(shard, int(plane.offset[image]), memory)
+        whole = memory.reshape(-1, cols, plane.tile, plane.tile, CHANNELS).swapaxes(1, 2)
+        whole = whole.reshape(-1, cols * plane.tile, CHANNELS)  # a copy, row by row
+        return np.ascontiguousarray(whole[:height, :width])
 
     def gather(
         self, scale: int, image: Ints, top: Ints, left: Ints, out: Pixels, transform: Ints | None = None

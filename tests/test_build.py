@@ -23,12 +23,13 @@ from prep.writers import open_writer
 
 
 def plane(shards: Shards, image: int, scale: int) -> Pixels:
-    """All pixels of one image of one plane."""
+    """All pixels of one image of one plane, through the map and by a read."""
     height, width = (int(sizes[image]) for sizes in shards.index.sizes(scale))
     out = np.empty((1, height, width, 3), np.uint8)
     zero = np.zeros(1, np.int64)
     shards.gather(scale, np.array([image]), zero, zero, out)
     pixels: Pixels = out[0]
+    np.testing.assert_array_equal(shards.read(image, scale), pixels)
     return pixels
 
 
@@ -227,4 +228,4 @@ def test_bad_recipes(folder: Path, tmp_path: Path, change: dict[str, object], me
 
 
 def test_default_number_of_images_per_shard() -> None:
-    assert [images_per_shard(count) for count in (1, 100, 200, 800, 3450, 85_000)] == [8, 8, 13, 50, 64, 64]
+    assert [images_per_shard(count) for count in (1, 100, 200, 800, 3450, 85_000)] == [8, 8, 13, 50, 64, 167]
