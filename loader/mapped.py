@@ -1,9 +1,7 @@
 """Page advice on mapped files: local disks then read at their own speed, and page faults are few."""
 
 import mmap
-import resource
 from dataclasses import dataclass
-from pathlib import Path
 
 from loader.files import Files
 from loader.plan import Crops
@@ -22,12 +20,11 @@ class MappedReader:
         self.sides = (planes[0].side, planes[1].side)
         self._shards, self._planes = shards, planes
         self._limit = advice_limit(shards.folder)
-        self._watch = StorageWatch()
         self._files = Files(shards.folder, shards.index.shards) if drop_pages else None
 
     def ask(self, crops: Crops) -> "MappedTicket":
         """See Reader."""
-        if not self._watch.storage_in_use():  # all is in memory: advice would only cost time
+        if not self._shards.watch.storage_in_use():  # all is in memory: advice would only cost time
             return MappedTicket(self, crops)
         wanted = cut(merged(pages(batch_ranges(self._planes, crops))), self._limit)
         self._shards.advise(wanted.shard, wanted.start, wanted.stop, mmap.MADV_WILLNEED)
@@ -60,42 +57,3 @@ class MappedTicket:
     def gather(self, lr: Pixels, hr: Pixels) -> None:
         """See Ticket."""
         self.reader.gather(self.crops, lr, hr)
-
-
-class StorageWatch:
-    """Tells whether this process still reads from storage, by the system's own counts.
-
-    Looked at once a batch. After QUIET looks without a byte read nor a page fault that waited for storage, it is taken
-    that all is in memory. A fault shows that it is not, and counts for a good while.
-    """
-
-    QUIET = 32
-    ALARM = 256
-
-    def __init__(self) -> None:
-        self._quiet = 0
-        self._seen = storage_reads()
-
-    def storage_in_use(self) -> bool:
-        """Whether it was read of late; True where the system does not count."""
-        seen, before = storage_reads(), self._seen
-        if seen is None or before is None:
-            return True
-        self._seen = seen
-        if seen[0] > before[0]:
-            self._quiet = -self.ALARM
-        elif seen[1] > before[1]:
-            self._quiet = min(self._quiet, 0)
-        else:
-            self._quiet += 1
-        return self._quiet < self.QUIET
-
-
-def storage_reads() -> tuple[int, int] | None:
-    """Page faults of this process that waited for storage, and bytes it had read from there; None if nobody counts."""
-    try:
-        text = Path("/proc/self/io").read_text()
-    except OSError:
-        return None
-    counted = next((int(line.split()[1]) for line in text.splitlines() if line.startswith("read_bytes")), None)
-    return None if counted is None else (resource.getrusage(resource.RUSAGE_SELF).ru_majflt, counted)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from loader.files import Files, open_shard
 from loader.format import CHANNELS, FormatError, Shard, ShardsError, plane_name
 from loader.index import read_index
+from loader.storage import StorageWatch
 from loader.tiles import Ints, Pixels, gather_crops, kernel
 
 
@@ -30,6 +31,7 @@ class Shards:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder).absolute()
         self.index = read_index(self.folder)
+        self.watch = StorageWatch()
         self._maps: dict[int, Pixels] = {}
         self._address = np.zeros(len(self.index.shards), np.int64)  # 0: not mapped yet
 

@@ -1,7 +1,8 @@
-"""What a folder lies on: a local disk or a network, and how much the kernel reads at one word of advice."""
+"""What a folder lies on, how much the kernel reads at one word of advice, and whether it still reads at all."""
 
 import os
 import re
+import resource
 from pathlib import Path
 
 # Types of file systems on which a read is a message: mapped pages there are fetched in small requests. Those of FUSE
@@ -43,3 +44,42 @@ def advice_limit(folder: Path) -> int:
         return max(int(path.read_text()) << 10, KERNEL_DEFAULT)
     except (OSError, ValueError):
         return KERNEL_DEFAULT
+
+
+class StorageWatch:
+    """Tells whether this process still reads from storage, by the system's own counts.
+
+    Looked at once a batch. After QUIET looks without a byte read nor a page fault that waited for storage, it is taken
+    that all is in memory. A fault shows that it is not, and counts for a good while.
+    """
+
+    QUIET = 16
+    ALARM = 256
+
+    def __init__(self) -> None:
+        self._quiet = 0
+        self._seen = storage_reads()
+
+    def storage_in_use(self) -> bool:
+        """Whether it was read of late; True where the system does not count."""
+        seen, before = storage_reads(), self._seen
+        if seen is None or before is None:
+            return True
+        self._seen = seen
+        if seen[0] > before[0]:
+            self._quiet = -self.ALARM
+        elif seen[1] > before[1]:
+            self._quiet = min(self._quiet, 0)
+        else:
+            self._quiet += 1
+        return self._quiet < self.QUIET
+
+
+def storage_reads() -> tuple[int, int] | None:
+    """Page faults of this process that waited for storage, and bytes it had read from there; None if nobody counts."""
+    try:
+        text = Path("/proc/self/io").read_text()
+    except OSError:
+        return None
+    counted = next((int(line.split()[1]) for line in text.splitlines() if line.startswith("read_bytes")), None)
+    return None if counted is None else (resource.getrusage(resource.RUSAGE_SELF).ru_majflt, counted)

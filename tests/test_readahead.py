@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loader import mapped, storage
+from loader import storage
 from loader.format import HR, PAGE
 from loader.plan import Plan
 from loader.planes import batch_ranges, planes_of
@@ -139,8 +139,8 @@ def test_storage_without_a_mount_table(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_the_watch_falls_silent_and_wakes(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = [0, 0]
-    monkeypatch.setattr(mapped, "storage_reads", lambda: (counts[0], counts[1]))
-    watch = mapped.StorageWatch()
+    monkeypatch.setattr(storage, "storage_reads", lambda: (counts[0], counts[1]))
+    watch = storage.StorageWatch()
 
     def looks(number: int) -> list[bool]:
         return [watch.storage_in_use() for _ in range(number)]
@@ -154,15 +154,15 @@ def test_the_watch_falls_silent_and_wakes(monkeypatch: pytest.MonkeyPatch) -> No
     counts[0] += 1  # a fault
     found = looks(watch.ALARM + watch.QUIET + 1)
     assert found == [True] * (watch.ALARM + watch.QUIET) + [False]
-    monkeypatch.setattr(mapped, "storage_reads", lambda: None)
+    monkeypatch.setattr(storage, "storage_reads", lambda: None)
     assert looks(2) == [True, True]
 
 
 def test_counts_of_the_system() -> None:
-    before = mapped.storage_reads()
+    before = storage.storage_reads()
     if before is None:
         pytest.skip("this system does not count reads")
-    after = mapped.storage_reads()
+    after = storage.storage_reads()
     assert after is not None
     assert all(b >= a >= 0 for a, b in zip(before, after, strict=True))
 
@@ -170,12 +170,12 @@ def test_counts_of_the_system() -> None:
 def test_what_is_in_memory_is_not_asked_for(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = Shards(dataset)
     crops = Plan(*shards.index.sizes(2), 16, 0, augment=True).crops(0, np.arange(8))
-    monkeypatch.setattr(mapped.StorageWatch, "storage_in_use", lambda self: False)
+    monkeypatch.setattr(storage.StorageWatch, "storage_in_use", lambda self: False)
     reader = open_reader(shards, 2, 16, "mmap")
     lr, hr = np.empty((8, 16, 16, 3), np.uint8), np.empty((8, 32, 32, 3), np.uint8)
     reader.ask(crops).gather(lr, hr)
     assert reader.asked.requests == 0
     assert hr.any()
-    monkeypatch.setattr(mapped.StorageWatch, "storage_in_use", lambda self: True)
+    monkeypatch.setattr(storage.StorageWatch, "storage_in_use", lambda self: True)
     reader.ask(crops)
     assert reader.asked.requests > 0
