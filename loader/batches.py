@@ -93,6 +93,7 @@ class PatchLoader:
         self.start, self.epochs, self.io, self.threads, self.drop_pages = start, epochs, io, threads, drop_pages
         self.readahead = max(2, math.ceil(SAMPLES_AHEAD / batch_size)) if readahead is None else readahead
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._memory = Memory(self.pin_memory, spare=2 * (threads + 3))
         self._end = sys.maxsize if epochs is None else epochs * len(dataset)
         self._next = start
         self._batches, self._waited, self._bytes, self._requests = 0, 0.0, 0, 0
@@ -139,9 +140,8 @@ class PatchLoader:
     def _stream(self) -> Iterator[Pair]:
         data = self.dataset
         reader = open_reader(data.shards, data.scale, data.lr_patch, self.io, self.drop_pages)
-        memory = Memory(self.pin_memory, spare=2 * (self.threads + 3))
         draws = (partial(crops_of, data, step) for step in self._steps())
-        with closing(run(reader, draws, self.readahead, self.threads, memory.take)) as batches:
+        with closing(run(reader, draws, self.readahead, self.threads, self._memory.take)) as batches:
             before, asked = time.perf_counter(), reader.asked
             for lr, hr in batches:
                 now, seen = reader.asked, asked

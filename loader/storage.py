@@ -50,11 +50,11 @@ class StorageWatch:
     """Tells whether this process still reads from storage, by the system's own counts.
 
     Looked at once a batch. After QUIET looks without a byte read nor a page fault that waited for storage, it is taken
-    that all is in memory. A fault shows that it is not, and counts for a good while.
+    that all is in memory. A fault shows that it is not, and counts for longer.
     """
 
     QUIET = 16
-    ALARM = 256
+    ALARM = 32
 
     def __init__(self) -> None:
         self._quiet = 0
