@@ -1,106 +1,128 @@
-"""Patches per second out of files in the page cache: ours, rivals, and memcpy of the same bytes, in one process.
+"""Patches per second of ours, of rivals, and of the physical limit: warm, cold, and on slow storage.
 
-python benchmarks/bench_loader.py --images DIR [--mosaics 48] [--work DIR]
+python benchmarks/bench_loader.py --images DIR --mosaics 48 --work WORK [--mode warm] [--mode cold]
+    [--mode slow --slow-mount "python slowfs.py {source} {mount} --delay-ms 3 --log {log}"]
 
 DIR holds large photographs; with --mosaics, that many images of 2040 × 1356 are first made of the photographs in it.
-Crops are not transformed and batches not collated. Each round times every way on batches of its own length; figures
-are medians over rounds. One thread for everything.
+WORK, on the storage to be measured, keeps images, shards and the rivals' files for the next time. Each mode writes
+table, raw figures and chart under benchmarks/results, and with them the table of targets. benchmarks/README.md says how
+the rivals are set up.
 """
 
 import os
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import statistics
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import click
-import cv2
-import torch
-from common import machine, make_mosaics, rounds, table
-from rivals import Read, h5py_slices, memcpy, ours, places, png
+import modes
+from common import machine, make_mosaics, versions
+from modes import Rounds, Settings
+from report import write_all
+from results import Results
+from rivals_rows import SUB
+from ways import MODES, SCALES, build_shards, installed, prepare
 
-from loader import PatchDataset
-from loader import tiles as tiles_module
-from prep.build import build_dataset, images_per_shard, plan_shards
+from loader.format import ShardsError
+from loader.index import read_index
 from prep.images import find_images
-from prep.shard import Recipe
 
-# Samples that each way reads in a round: enough to time, few enough to wait for.
-SAMPLES = {"memcpy": 2560, "ours": 2560, "ours, fallback": 1280, "h5py slices": 640, "PNG decoding": 4}
+HERE = Path(__file__).parent
+MEASURES: dict[str, Callable[..., Rounds]] = {"warm": modes.warm, "cold": modes.cold, "slow": modes.slow}
 
 
 @click.command()
 @click.option("--images", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--mosaics", type=int, help="Make this many 2040 × 1356 images of those in the folder.")
-@click.option("--work", type=click.Path(path_type=Path), help="Keep images and shards here.  [default: removed]")
+@click.option("--work", type=click.Path(path_type=Path), help="Keep all files here.  [default: a temporary folder]")
+@click.option("--mode", "wanted", multiple=True, type=click.Choice(list(MODES)), help="[default: all that can be had]")
+@click.option("--scale", "scales", multiple=True, type=click.Choice([str(scale) for scale in SCALES]))
+@click.option("--only", multiple=True, help="Only ways with this in their names; may repeat.")
+@click.option("--rounds", type=int, help="[default: 11 warm, 5 cold, 3 slow]")
+@click.option("--seconds", type=float, help="For each way in each round.  [default: 0.3 warm, 1.5 else]")
+@click.option("--samples", default=1024, show_default=True, help="Of cold and slow, at most.")
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--lr-patch", default=64, show_default=True)
-@click.option("--rounds", "count", default=9, show_default=True)
-def main(images: Path, mosaics: int | None, work: Path | None, batch_size: int, lr_patch: int, count: int) -> None:
-    """Measure warm throughput at ×4 and ×2."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        work = work or Path(temporary)
+@click.option("--slow-mount", default="", help="Command that mounts {source} at {mount} and logs requests to {log}.")
+@click.option("--slow-unmount", default="fusermount -u {mount}", show_default=True)
+@click.option("--slow-delay-ms", default=3.0, show_default=True, help="What the mount adds to each request.")
+@click.option("--slow-in-flight", default=10, show_default=True, help="Requests that the mount serves at a time.")
+@click.option("--out", default=HERE / "results", type=click.Path(path_type=Path), help="Folder of the results.")
+def main(
+    images: Path,
+    mosaics: int | None,
+    work: Path | None,
+    wanted: tuple[str, ...],
+    scales: tuple[str, ...],
+    only: tuple[str, ...],
+    rounds: int | None,
+    seconds: float | None,
+    samples: int,
+    batch_size: int,
+    lr_patch: int,
+    slow_mount: str,
+    slow_unmount: str,
+    slow_delay_ms: float,
+    slow_in_flight: int,
+    out: Path,
+) -> None:
+    """Measure, and write tables, figures and charts."""
+    names = wanted or tuple(mode for mode in MODES if mode != "slow" or slow_mount)
+    if "slow" in names and not slow_mount:
+        raise click.UsageError("--mode slow: expected --slow-mount, got none")
+    with nullcontext(work) if work else tempfile.TemporaryDirectory() as folder:
+        work = Path(folder).absolute()
         if mosaics:
             make_mosaics(images, work / "images", mosaics)
             images = work / "images"
-        shards = work / "shards"
-        if not shards.exists():
-            build(images, shards)
-        print(f"{len(find_images([images]))} images, batch {batch_size}; {machine()}")
-        for scale in (4, 2):
-            data = PatchDataset(shards, scale, lr_patch, length=1 << 20, augment=False, too_small="skip")
-            measure(data, batch_size, count, work / "png")
+        build_shards(images, work, os.cpu_count() or 1)
+        check(work / "shards", count := len(find_images([images])))
+        for name in names:
+            ways = [way for way in installed(MODES[name]) if not only or any(part in way.name for part in only)]
+            prepare(ways, work)
+            settings = Settings(
+                rounds=rounds or {"warm": 11, "cold": 5, "slow": 3}[name],
+                seconds=seconds or (0.3 if name == "warm" else 1.5),
+                samples=samples,
+                lr_patch=lr_patch,
+                batch_size=batch_size,
+                mount=slow_mount,
+                unmount=slow_unmount,
+                delay_ms=slow_delay_ms,
+                in_flight=slow_in_flight,
+            )
+            readings = {}
+            for scale in map(int, scales or map(str, SCALES)):
+                readings[scale] = MEASURES[name](ways, work, scale, settings, partial(tell, f"{name} ×{scale}"))
+            measured = next(iter(readings.values()))
+            how = {way.name: way.how for way in ways}
+            how |= {limit: text for limit, text in modes.LIMITS.items() if limit in measured}
+            kept = {key: value for key, value in vars(settings).items() if key not in ("mount", "unmount")}
+            results = Results(name, machine(), versions(), count, kept, how, readings)
+            print(write_all(results, out))
 
 
-def build(images: Path, shards: Path) -> None:
-    """A dataset at ×2 and ×4 with the defaults of `prep build-shards`."""
-    files = find_images([images])
-    recipe = Recipe((2, 4), "hdf5", 64, images_per_shard(len(files)), "matlab-uint8", "symmetric")
-    plans = plan_shards(files, recipe, shards)
-    build_dataset(plans, os.cpu_count() or 1, skip_bad=False, overwrite=False, report=lambda done: None)
+def check(shards: Path, count: int) -> None:
+    """Make sure that the shards are of these images, and that the rivals' layouts leave no rest of them."""
+    index = read_index(shards)
+    if len(index.name) != count:
+        raise ShardsError(f"{shards}: expected {count} images, got {len(index.name)}; name another --work")
+    for name, height, width in zip(index.name, index.height.tolist(), index.width.tolist(), strict=True):
+        if height % max(SCALES) or width % max(SCALES) or min(height, width) < SUB:
+            raise ShardsError(
+                f"{shards}: image {name!r}: expected sides of at least {SUB} pixels that are multiples of "
+                f"{max(SCALES)}, got {height} × {width}; --mosaics makes images that fit"
+            )
 
 
-def measure(data: PatchDataset, batch_size: int, count: int, work: Path) -> None:
-    """Print the table for one scale."""
-    crops = places(data, max(SAMPLES.values()))
-    reads = {
-        "memcpy": memcpy(data, crops),
-        "ours": ours(data),
-        "ours, fallback": ours(data),
-        "h5py slices": h5py_slices(data, crops),
-        "PNG decoding": png(data, crops, work),
-    }
-    kernel = tiles_module.kernel
-    if kernel is None:
-        del reads["ours"]
-
-    def work_of(name: str, read: Read) -> Callable[[], None]:
-        def run() -> None:
-            tiles_module.kernel = None if "fallback" in name else kernel
-            for start in range(0, SAMPLES[name], batch_size):
-                read(range(start, min(start + batch_size, SAMPLES[name])))
-
-        return run
-
-    times = rounds({name: work_of(name, read) for name, read in reads.items()}, count)
-    rates = {name: [SAMPLES[name] / seconds for seconds in each] for name, each in times.items()}
-    rows = [
-        [
-            name,
-            f"{statistics.median(rate):,.0f}",
-            f"{statistics.median(a / b for a, b in zip(rate, rates['memcpy'], strict=True)):.2f}",
-            f"{statistics.median(a / b for a, b in zip(rate, rates['PNG decoding'], strict=True)):,.0f}",
-        ]
-        for name, rate in rates.items()
-    ]
-    side = data.lr_patch * data.scale
-    print(f"\n×{data.scale}, LR {data.lr_patch} × {data.lr_patch}, HR {side} × {side}\n")
-    print(table(["warm", "patches/s", "of memcpy", "× PNG"], rows))
+def tell(what: str, text: str) -> None:
+    """Print how far it is."""
+    print(f"{what}: {text}", flush=True)
 
 
 if __name__ == "__main__":

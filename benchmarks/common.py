@@ -1,10 +1,12 @@
 """What the benchmarks share: the machine in a line, large images made of small ones, rounds of fair timing."""
 
+import contextlib
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 
 import cv2
@@ -27,6 +29,16 @@ def machine() -> str:
         ]
         model = names[0] if names else model
     return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()} {platform.release()}"
+
+
+def versions() -> str:
+    """Python and the libraries that read, as far as they are installed."""
+    names = ("numpy", "torch", "opencv-python-headless", "h5py", "lmdb", "zarr", "tensorstore", "ffcv")
+    found = [f"Python {platform.python_version()}"]
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return ", ".join(found)
 
 
 def mosaic(photographs: list[Pixels], height: int, width: int, seed: int) -> Pixels:

@@ -13,7 +13,9 @@ from rivals_rows import planes
 from loader import ImageDataset
 from loader.format import HR, plane_group
 
-ZARR_CHUNK = 256  # side in pixels; the fastest of 64, 128, 256 and 512 for these crops
+# Sides of chunks in pixels, the best of 64, 128, 256 and 512 for these crops, in a file each or together in one.
+ZARR_CHUNK = 256
+TENSORSTORE_CHUNK = 128
 
 
 def write_contiguous(images: dict[int, ImageDataset], folder: Path) -> None:
@@ -35,8 +37,7 @@ def open_contiguous(task: Task) -> Start:
 def open_chunked(task: Task) -> Start:
     """Slices of the datasets in our own HDF5 shards, which are kept open."""
     index, folder = task.dataset().shards.index, task.folder / "shards"
-    # No chunk cache: chunks that are not compressed are then read straight into the result.
-    files = [h5py.File(folder / shard.file, "r", rdcc_nbytes=0) for shard in index.shards]
+    files = [h5py.File(folder / shard.file, "r") for shard in index.shards]
     lr, hr = (
         [files[index.shard[i]][plane_group(scale)][index.name[i]] for i in range(len(index.name))]
         for scale in (task.scale, HR)
@@ -44,17 +45,19 @@ def open_chunked(task: Task) -> Start:
     return by_crop(task, slices(task, lr, hr), step=16)
 
 
-def write_zarr(images: dict[int, ImageDataset], folder: Path) -> None:
-    """An array for each image and plane, not compressed."""
+def write_zarr(images: dict[int, ImageDataset], folder: Path, chunk: int = ZARR_CHUNK, sharded: bool = False) -> None:
+    """An array for each image and plane, not compressed; sharded: all its chunks in one file."""
     zarr: Any = importlib.import_module("zarr")
     for scale in planes(images):
         for number in range(len(images[max(images)])):
             pixels = image_pixels(images, scale, number)
-            side = min(ZARR_CHUNK, *pixels.shape[:2])
+            height, width, channels = pixels.shape
+            side = min(chunk, height, width)
             array = zarr.create_array(
                 store=folder / f"x{scale}" / str(number),
                 shape=pixels.shape,
-                chunks=(side, side, 3),
+                chunks=(side, side, channels),
+                shards=(-(-height // side) * side, -(-width // side) * side, channels) if sharded else None,
                 dtype="uint8",
                 compressors=None,
                 filters=None,
@@ -74,17 +77,20 @@ def open_zarr(task: Task) -> Start:
     return by_crop(task, slices(task, lr, hr), step=16)
 
 
+def write_sharded(images: dict[int, ImageDataset], folder: Path) -> None:
+    """The same for TensorStore."""
+    write_zarr(images, folder, TENSORSTORE_CHUNK, sharded=True)
+
+
 def open_tensorstore(task: Task) -> Start:
-    """The zarr arrays by TensorStore: all reads of a batch are begun before the first is waited for."""
+    """TensorStore on zarr arrays of its own: all reads of a batch are begun before the first is waited for."""
     ts: Any = importlib.import_module("tensorstore")
     cores = len(task.cores) if task.cores else 0
-    limits = {"file_io_concurrency": {"limit": cores or max(task.in_flight, 4)}}
-    if cores:
-        limits["data_copy_concurrency"] = {"limit": cores}
-    context = ts.Context(limits)
+    limits = {"file_io_concurrency": cores or task.in_flight, "data_copy_concurrency": cores}
+    context = ts.Context({key: {"limit": limit} for key, limit in limits.items() if limit})
 
     def stores(scale: int) -> list[Any]:
-        root = task.folder / "zarr" / f"x{scale}"
+        root = task.folder / "tensorstore" / f"x{scale}"
         specs = [
             {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{root / str(i)}/"}}
             for i in range(len(task.dataset().shards.index.name))
@@ -100,9 +106,9 @@ def open_tensorstore(task: Task) -> Start:
             reads = [
                 (
                     lr[image[n]][top[n] : top[n] + patch, left[n] : left[n] + patch].read(batch=batch),
-                    hr[image[n]][
-                        top[n] * scale : top[n] * scale + side, left[n] * scale : left[n] * scale + side
-                    ].read(batch=batch),
+                    hr[image[n]][top[n] * scale : top[n] * scale + side, left[n] * scale : left[n] * scale + side].read(
+                        batch=batch
+                    ),
                 )
                 for n in samples
             ]
@@ -124,7 +130,7 @@ CHUNKED = Way(
     "h5py chunked",
     "shards",
     open_chunked,
-    "our own HDF5 shards (64-pixel chunks) by h5py, datasets kept open, no chunk cache; crops are slices",
+    "our own HDF5 shards (64-pixel chunks) by h5py, datasets kept open; crops are slices",
 )
 ZARR = Way(
     "zarr",
@@ -136,16 +142,18 @@ ZARR = Way(
 )
 TENSORSTORE = Way(
     "TensorStore",
-    "zarr",
+    "tensorstore",
     open_tensorstore,
-    "driver zarr3 on the same files; all reads of a batch begun in one ts.Batch, then waited for",
-    write_zarr,
+    f"driver zarr3, an array per image and plane, chunks of {TENSORSTORE_CHUNK} × {TENSORSTORE_CHUNK} pixels in one "
+    "shard file each, no compressor; all reads of a batch begun in one ts.Batch, then waited for; its threads limited "
+    "to the one core",
+    write_sharded,
 )
 TENSORSTORE_ALL = Way(
     "TensorStore, all cores",
-    "zarr",
+    "tensorstore",
     open_tensorstore,
-    "the same without limits to its threads",
-    write_zarr,
+    "the same with its own default of threads, or on cold and slow storage file_io_concurrency 32",
+    write_sharded,
     all_cores=True,
 )

@@ -1,5 +1,6 @@
 """Rivals that keep images as rows of pixels, or compressed: PNG files, BasicSR's LMDB, and numpy's memory maps."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,7 @@ def decoded(pixels: Any) -> Pixels:
 
 def write_lmdb(images: dict[int, ImageDataset], folder: Path) -> None:
     """An LMDB for each plane: PNG sub-images by name, PNG compression 1, as BasicSR's scripts make them."""
-    import lmdb
-
+    lmdb: Any = importlib.import_module("lmdb")
     for scale in planes(images):
         with lmdb.open(str(folder / f"x{scale}.lmdb"), map_size=1 << 40) as store:
             for number in range(len(images[max(images)])):
@@ -73,8 +73,7 @@ def sub_starts(length: int, side: int, step: int) -> list[int]:
 
 def open_lmdb(task: Task) -> Start:
     """Decode the pair of sub-images that a crop begins in, and crop that; a crop that reaches beyond it is moved in."""
-    import lmdb
-
+    lmdb: Any = importlib.import_module("lmdb")
     (patch, side), scale = task.sides, task.scale
     index = task.dataset().shards.index
     height, width = (sizes.tolist() for sizes in index.sizes(scale))

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from loader.dataset import Pair, PatchDataset, aligned, channels_first, need
+from loader.dataset import Pair, PatchDataset, channels_first, need
 from loader.format import ShardsError
 from loader.pipeline import run
 from loader.plan import Crops
@@ -202,3 +202,9 @@ class Memory:
             while len(self._arrays) > self._spare:
                 self._arrays.popleft()
             return array
+
+
+def aligned(shape: tuple[int, ...], pinned: bool = False) -> Pixels:
+    """Memory of any content that starts on a cache line, as torch gives it; numpy's does not."""
+    memory: Pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
+    return memory

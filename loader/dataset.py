@@ -104,7 +104,7 @@ class PatchDataset(Dataset[Pair]):
         """Many samples at once, as torch's DataLoader asks for them."""
         crops = self._crops(samples)
         reader = self._reader()
-        lr, hr = (aligned((len(samples), side, side, CHANNELS)) for side in reader.sides)
+        lr, hr = (np.empty((len(samples), side, side, CHANNELS), np.uint8) for side in reader.sides)
         reader.ask(crops).gather(lr, hr)
         return list(zip(channels_first(lr).unbind(), channels_first(hr).unbind(), strict=True))
 
@@ -177,12 +177,6 @@ class ImageDataset(Dataset[Pair]):
         if name not in self._numbers:
             raise KeyError(f"{self.shards.folder}: expected the name of one of {len(self)} images, got {name!r}")
         return self._numbers[name]
-
-
-def aligned(shape: tuple[int, ...], pinned: bool = False) -> Pixels:
-    """Memory of any content that starts on a cache line, as torch gives it; numpy's does not."""
-    memory: Pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
-    return memory
 
 
 def channels_first(images: Pixels) -> Tensor:

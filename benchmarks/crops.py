@@ -1,0 +1,115 @@
+"""Which crops are read, out of what: the same list for every way of reading."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from loader import PatchDataset
+from loader.plan import Crops, Plan
+from loader.planes import batch_ranges, planes_of
+from loader.ranges import Ranges, pages
+
+PAGE = 4096
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What to read: crops of `lr_patch` LR pixels at a scale, the samples of these numbers, in batches.
+
+    folder: holds the dataset as `shards`, and what the rivals read beside it. cores: those to run on; None: all.
+    in_flight: requests that ways with a setting for it keep in flight; 0: their default.
+    """
+
+    folder: Path
+    scale: int
+    lr_patch: int
+    batch_size: int
+    numbers: Ints
+    cores: tuple[int, ...] | None = None
+    in_flight: int = 0
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Sides of the LR and the HR crop in pixels."""
+        return self.lr_patch, self.lr_patch * self.scale
+
+    @property
+    def patch_bytes(self) -> int:
+        """Bytes of the LR and HR pixels of one sample."""
+        return sum(side * side * 3 for side in self.sides)
+
+    def dataset(self, augment: bool = False) -> PatchDataset:
+        """The dataset; its sample k is that of number `numbers[k]` of the plan."""
+        data = PatchDataset(
+            self.folder / "shards", self.scale, self.lr_patch, len(self.numbers), augment=augment, too_small="skip"
+        )
+        if not np.array_equal(self.numbers, np.arange(len(self.numbers))):
+            sizes = data.shards.index.sizes(self.scale)
+            data.plan = Picked(*sizes, self.lr_patch, data.seed, augment, self.numbers)
+        return data
+
+    def crops(self) -> Crops:
+        """Where the samples come from."""
+        return self.dataset().plan.crops(0, np.arange(len(self.numbers)))
+
+
+class Picked(Plan):
+    """A plan of which only some samples are drawn: sample k is sample numbers[k] of the whole plan."""
+
+    def __init__(
+        self, height: ArrayLike, width: ArrayLike, patch: int, seed: int, augment: bool, numbers: Ints
+    ) -> None:
+        super().__init__(height, width, patch, seed, augment)
+        self._numbers = numbers
+
+    def crops(self, epoch: int, samples: ArrayLike) -> Crops:
+        """See Plan."""
+        return super().crops(epoch, self._numbers[np.asarray(samples, np.int64)])
+
+
+def touched(data: PatchDataset, crops: Crops) -> Ranges:
+    """The bytes that crops touch in both planes, in whole pages, a range for each row of tiles."""
+    return pages(batch_ranges(planes_of(data.shards, data.scale, data.lr_patch), crops))
+
+
+def disjoint(data: PatchDataset, most: int) -> Ints:
+    """Numbers of up to `most` samples, no two of which touch the same page; first those that are the first in an image.
+
+    Where the kernel reads ahead, one crop leaves half its image in the page cache: only crops of images not yet
+    visited then tell what a dataset larger than memory costs. There are `images_in` such samples.
+    """
+    used = [np.zeros(-(-shard.bytes // PAGE), bool) for shard in data.shards.index.shards]
+    picked: list[int] = []
+    block = 1024
+    for first in range(0, 50 * most, block):
+        numbers = np.arange(first, first + block)
+        crops = data.plan.crops(0, numbers)
+        for number, spans in zip(numbers.tolist(), spans_of(data, crops, used), strict=True):
+            if len(picked) < most and not any(span.any() for span in spans):
+                picked.append(number)
+                for span in spans:
+                    span[:] = True
+    image = data.plan.crops(0, picked).image
+    _, visits = np.unique(image, return_index=True)
+    later = np.ones(len(picked), bool)
+    later[visits] = False
+    return np.concatenate([np.array(picked)[np.sort(visits)], np.array(picked)[later]])
+
+
+def spans_of(data: PatchDataset, crops: Crops, pages_of: list[NDArray[np.bool_]]) -> list[list[NDArray[np.bool_]]]:
+    """For each crop the parts that it touches of arrays with an entry for each page of each shard."""
+    spans: list[list[NDArray[np.bool_]]] = [[] for _ in crops.image]
+    for plane in planes_of(data.shards, data.scale, data.lr_patch):
+        ranges = pages(plane.ranges(crops))
+        columns = (plane.tile_rows(crops).crop, *vars(ranges).values())
+        for crop, shard, start, stop in zip(*(column.tolist() for column in columns), strict=True):
+            spans[crop].append(pages_of[shard][start // PAGE : stop // PAGE])
+    return spans
+
+
+def images_in(task: Task) -> int:
+    """How many images the samples come from."""
+    return len(np.unique(task.crops().image))

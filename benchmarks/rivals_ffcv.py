@@ -1,0 +1,82 @@
+"""FFCV, where it is installed: raw images, HR crops only, since it cannot crop two images alike."""
+
+import importlib
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from crops import Task
+from reading import Pixels, Start, Way, image_pixels
+
+from loader import ImageDataset
+
+
+class Images:
+    """HR images as FFCV's writer asks for them: a tuple for each."""
+
+    def __init__(self, images: dict[int, ImageDataset]) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images[max(self._images)])
+
+    def __getitem__(self, number: int) -> tuple[Pixels]:
+        return (np.ascontiguousarray(image_pixels(self._images, 1, number)),)
+
+
+def write_ffcv(images: dict[int, ImageDataset], folder: Path) -> None:
+    """A .beton file of raw HR images."""
+    writer: Any = importlib.import_module("ffcv.writer")
+    fields: Any = importlib.import_module("ffcv.fields")
+    source = Images(images)
+    page = 1 << max(23, (max(source[i][0].nbytes for i in range(len(source))) - 1).bit_length())
+    columns = {"hr": fields.RGBImageField(write_mode="raw")}
+    writer.DatasetWriter(str(folder / "hr.beton"), columns, page_size=page, num_workers=1).from_indexed_dataset(source)
+
+
+def open_ffcv(task: Task) -> Start:
+    """Its loader over the same images in the same order; where in an image a crop lies it draws for itself."""
+    ffcv: Any = importlib.import_module("ffcv.loader")
+    decoders: Any = importlib.import_module("ffcv.fields.decoders")
+    index, crops, side = task.dataset().shards.index, task.crops(), task.sides[1]
+    # A crop is given as a share of the area, and resized to what it is already.
+    share = side * side / int(index.height[0] * index.width[0])
+    decoder = decoders.RandomResizedCropRGBImageDecoder((side, side), scale=(share, share), ratio=(1.0, 1.0))
+    loader = ffcv.Loader(
+        str(task.folder / "ffcv" / "hr.beton"),
+        batch_size=task.batch_size,
+        num_workers=len(task.cores) if task.cores else -1,
+        os_cache=True,
+        order=ffcv.OrderOption.SEQUENTIAL,
+        indices=crops.image.astype(np.uint64),
+        pipelines={"hr": [decoder]},
+        drop_last=False,
+    )
+
+    # Its code is compiled when it first runs: let it do so now, on one image.
+    order = loader.traversal_order
+    every, order.indices = order.indices, np.full(task.batch_size, crops.image[-1], np.uint64)
+    deque(loader, maxlen=0)
+    order.indices = every
+
+    def start(endless: bool) -> Iterator[int]:
+        while True:
+            for (batch,) in loader:
+                yield len(batch)
+            if not endless:
+                return
+
+    return start
+
+
+FFCV = Way(
+    "FFCV raw (HR only)",
+    "ffcv",
+    open_ffcv,
+    "RGBImageField(write_mode='raw'), RandomResizedCropRGBImageDecoder with the share of the area that makes a crop of "
+    "the right size, os_cache=True, a worker per core; the same images in the same order, but places of its own, and "
+    "no LR: it cannot crop two images alike. It is credited with whole patches",
+    write_ffcv,
+)

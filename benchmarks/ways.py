@@ -1,0 +1,72 @@
+"""All ways of reading, by mode, and the files that they need."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import ways_ours as ours
+from reading import Way
+from rivals_chunks import CHUNKED, CONTIGUOUS, TENSORSTORE, TENSORSTORE_ALL, ZARR
+from rivals_ffcv import FFCV
+from rivals_rows import LMDB, NPY, NPY_EACH, NPY_THREADS, PNG, PNG_THREADS
+
+from loader import ImageDataset
+from prep.build import build_dataset, images_per_shard, plan_shards
+from prep.images import find_images
+from prep.shard import Recipe
+
+SCALES = (4, 2)
+NEEDS = {LMDB.name: "lmdb", ZARR.name: "zarr", TENSORSTORE.name: "tensorstore", FFCV.name: "ffcv"}
+NEEDS |= {TENSORSTORE_ALL.name: "tensorstore"}
+ONE_BY_ONE = (NPY, CHUNKED, CONTIGUOUS, NPY_EACH)
+MODES: dict[str, tuple[Way, ...]] = {
+    "warm": (
+        *(ours.MEMCPY, ours.GATHER, ours.GATHER_TURNED, ours.GATHER_PLAIN, ours.GATHER_ALL),
+        *(ours.DATASET, ours.DATASET_TURNED),
+        *(ours.LOADER_1, ours.LOADER_1_TURNED, ours.LOADER_ALL, ours.LOADER_ALL_TURNED),
+        *(*ONE_BY_ONE, FFCV, TENSORSTORE, TENSORSTORE_ALL, ZARR, LMDB, PNG),
+    ),
+    "cold": (
+        *(ours.LOADER_AUTO, ours.LOADER_PREAD, ours.DATASET),
+        *(NPY_THREADS, *ONE_BY_ONE, FFCV, TENSORSTORE_ALL, ZARR, LMDB, PNG_THREADS, PNG),
+    ),
+    "slow": (
+        *(ours.LOADER_AUTO, ours.LOADER_MMAP, ours.DATASET),
+        *(NPY_THREADS, *ONE_BY_ONE, FFCV, TENSORSTORE_ALL, ZARR, LMDB, PNG_THREADS, PNG),
+    ),
+}
+
+
+def installed(ways: tuple[Way, ...]) -> list[Way]:
+    """Those whose library is there."""
+    return [way for way in ways if way.name not in NEEDS or importlib.util.find_spec(NEEDS[way.name])]
+
+
+def is_ours(name: str) -> bool:
+    """Whether a way, by its name, is one of ours."""
+    return name.startswith("ours")
+
+
+def build_shards(images: Path, work: Path, cores: int) -> None:
+    """A dataset of ×2 and ×4 with the defaults of `prep build-shards`, where there is none."""
+    if (work / "shards").exists():
+        return
+    files = find_images([images])
+    recipe = Recipe(tuple(sorted(SCALES)), "hdf5", 64, images_per_shard(len(files)), "matlab-uint8", "symmetric")
+    plans = plan_shards(files, recipe, work / "shards")
+    build_dataset(plans, cores, skip_bad=False, overwrite=False, report=lambda done: None)
+
+
+def prepare(ways: list[Way], work: Path) -> None:
+    """Write what the ways read, out of the shards; what is there is kept."""
+    images = {scale: ImageDataset(work / "shards", scale) for scale in sorted(SCALES)}
+    for way in ways:
+        folder = work / way.folder
+        if way.prepare is None or folder.exists():
+            continue
+        print(f"writing {folder}", flush=True)
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        way.prepare(images, part)
+        part.rename(folder)
