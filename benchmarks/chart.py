@@ -6,7 +6,7 @@ import matplotlib
 from modes import LIMITS
 from results import Results
 from ways import is_ours
-from ways_ours import MEMCPY
+from ways_ours import MEMCPY, MEMCPY_ALL
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -29,7 +29,10 @@ def draw(results: Results, path: Path) -> None:
     for panel, scale in zip(panels[0], scales, strict=True):
         ways = results.by_speed(scale)[::-1]
         rates = [results.rate(scale, way) for way in ways]
-        colours = [OURS if is_ours(way) else LIMIT if way in (MEMCPY.name, *LIMITS) else RIVALS for way in ways]
+        colours = [
+            OURS if is_ours(way) else LIMIT if way in (MEMCPY.name, MEMCPY_ALL.name, *LIMITS) else RIVALS
+            for way in ways
+        ]
         bars = panel.barh(ways, rates, color=colours)
         labels = [f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}" for rate in rates]
         panel.bar_label(bars, labels, padding=3, fontsize=9)

@@ -85,7 +85,11 @@ def warm(results: Results) -> list[Target]:
 def best(results: Results, scale: int) -> float | None:
     """The gather by the fastest rival that ran on one core."""
     every = [*results.rounds.get(scale, {})]
-    rivals = [way for way in every if not is_ours(way) and way != MEMCPY and not way.endswith("all cores")]
+    rivals = [
+        way
+        for way in every
+        if not is_ours(way) and way not in (MEMCPY, ours.MEMCPY_ALL.name) and not way.endswith("all cores")
+    ]
     ratios = [ratio for way in rivals if (ratio := results.ratio(scale, GATHER, way)) is not None]
     return min(ratios, default=None)
 

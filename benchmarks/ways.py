@@ -21,7 +21,7 @@ NEEDS |= {TENSORSTORE_ALL.name: "tensorstore"}
 ONE_BY_ONE = (NPY, CHUNKED, CONTIGUOUS, NPY_EACH)
 MODES: dict[str, tuple[Way, ...]] = {
     "warm": (
-        *(ours.MEMCPY, ours.GATHER, ours.GATHER_TURNED, ours.GATHER_PLAIN, ours.GATHER_ALL),
+        *(ours.MEMCPY, ours.MEMCPY_ALL, ours.GATHER, ours.GATHER_TURNED, ours.GATHER_PLAIN, ours.GATHER_ALL),
         *(ours.DATASET, ours.DATASET_TURNED),
         *(ours.LOADER_1, ours.LOADER_1_TURNED, ours.LOADER_ALL, ours.LOADER_ALL_TURNED),
         *(*ONE_BY_ONE, FFCV, TENSORSTORE, TENSORSTORE_ALL, ZARR, LMDB, PNG),

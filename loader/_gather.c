@@ -23,7 +23,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { CHANNELS = 3, CACHE_LINE = 64, LINES_AHEAD = 16, PLACES_AHEAD = 4 };
-enum { STAGE = 4096, LARGE = 8 << 20 }; /* bytes: of the longest line that is streamed, and of outputs from which on */
+enum { STAGE = 4096, LARGE = 4 << 20 }; /* bytes: of the longest line that is streamed, and of outputs from which on */
 enum { MIRROR_COLUMNS = 1, MIRROR_ROWS = 2, TRANSPOSE = 4 }; /* bits of a transform */
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));

@@ -8,7 +8,7 @@ from loader.plan import Crops
 from loader.planes import Asked, Plane, batch_ranges
 from loader.ranges import cut, inner_pages, merged, pages
 from loader.shards import Shards
-from loader.storage import advice_limit
+from loader.storage import advice_limit, is_network
 from loader.tiles import Pixels
 
 
@@ -19,12 +19,13 @@ class MappedReader:
         self.asked = Asked()
         self.sides = (planes[0].side, planes[1].side)
         self._shards, self._planes = shards, planes
-        self._limit = advice_limit(shards.folder)
+        self._limit, self._network = advice_limit(shards.folder), is_network(shards.folder)
         self._files = Files(shards.folder, shards.index.shards) if drop_pages else None
 
     def ask(self, crops: Crops) -> "MappedTicket":
         """See Reader."""
-        if not self._shards.watch.storage_in_use():  # all is in memory: advice would only cost time
+        # Where all is in memory, advice would only cost time. (Nobody counts reads over a network.)
+        if not self._network and not self._shards.watch.storage_in_use():
             return MappedTicket(self, crops)
         wanted = cut(merged(pages(batch_ranges(self._planes, crops))), self._limit)
         self._shards.advise(wanted.shard, wanted.start, wanted.stop, mmap.MADV_WILLNEED)
