@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,9 @@ def long_build() -> subprocess.Popen[str]:
         write_image(Path(f"in/{i}.png"), photograph(600, 600, i % 3))
     command = [sys.executable, "-m", "prep.cli", "build-shards", "in", "--scale", "2", "--scale", "8", "--workers", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    # A shell lets its background jobs, and so all of these tests' children, ignore Ctrl-C.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed)
     for _ in range(1000):
         if list(Path().glob("shards/in/*.part")) or process.poll() is not None:
             break
