@@ -36,11 +36,6 @@ class Task:
         """Sides of the LR and the HR crop in pixels."""
         return self.lr_patch, self.lr_patch * self.scale
 
-    @property
-    def patch_bytes(self) -> int:
-        """Bytes of the LR and HR pixels of one sample."""
-        return sum(side * side * 3 for side in self.sides)
-
     def dataset(self, augment: bool = False) -> PatchDataset:
         """The dataset; its sample k is that of number `numbers[k]` of the plan."""
         data = PatchDataset(

@@ -1,4 +1,4 @@
-/* Crops out of tiles, each under one of the 8 transforms: the compiled twin of tiles.gather and plan.transform.
+/* Crops out of tiles, each under one of the 8 transforms: the compiled twin of tiles.gather and tiles.transformed.
 
    Tiles lie in many places, which the processor cannot guess: the cache is asked for the coming ones while others are
    copied. Rows are copied one by one, mirrored or not, each from all tiles that it crosses. Transposed crops are taken
@@ -10,7 +10,6 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <unistd.h>
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif

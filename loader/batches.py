@@ -1,6 +1,5 @@
 """PatchLoader: whole batches of a PatchDataset, asked of the storage and gathered ahead of time by threads."""
 
-import math
 import sys
 import threading
 import time
@@ -15,12 +14,10 @@ import torch
 
 from loader.dataset import Pair, PatchDataset, channels_first, need
 from loader.format import ShardsError
-from loader.pipeline import run
+from loader.pipeline import default_readahead, run
 from loader.plan import Crops
 from loader.readahead import Io, open_reader
 from loader.tiles import Pixels
-
-SAMPLES_AHEAD = 256  # asked for ahead of their turn, where nothing else is said; benchmarks/README.md has the measure
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class PatchLoader:
         need("threads", "1 or more", threads, threads >= 1)
         self.dataset, self.batch_size, self.rank, self.world_size = dataset, batch_size, rank, world_size
         self.start, self.epochs, self.io, self.threads, self.drop_pages = start, epochs, io, threads, drop_pages
-        self.readahead = max(2, math.ceil(SAMPLES_AHEAD / batch_size)) if readahead is None else readahead
+        self.readahead = default_readahead(batch_size) if readahead is None else readahead
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._memory = Memory(self.pin_memory, spare=2 * (threads + 3))
         self._end = sys.maxsize if epochs is None else epochs * len(dataset)

@@ -11,6 +11,13 @@ from loader.tiles import Pixels
 
 Arrays = tuple[Pixels, Pixels]
 
+SAMPLES_AHEAD = 256  # asked for ahead of their turn, where nothing else is said
+
+
+def default_readahead(batch_size: int) -> int:
+    """Batches to ask for ahead of their turn: as many as hold SAMPLES_AHEAD samples, at least 2."""
+    return max(2, -(-SAMPLES_AHEAD // batch_size))
+
 
 def run(
     reader: Reader,

@@ -17,7 +17,7 @@ import numpy as np
 
 from loader.files import open_shard
 from loader.format import PAGE, Index, ShardsError
-from loader.pipeline import run
+from loader.pipeline import default_readahead, run
 from loader.plan import Crops, Plan
 from loader.positional import READ_THREADS
 from loader.readahead import open_reader
@@ -170,7 +170,7 @@ def patch_rate(
 ) -> float:
     """Patches per second that the loader gives in so many seconds, without the first `skip` batches."""
     reader = open_reader(Shards(folder), need.scale, need.lr_patch, way)
-    readahead = max(2, -(-256 // need.batch_size))
+    readahead = default_readahead(need.batch_size)
     given, start = -skip, time.perf_counter()
     with closing(run(reader, draws, readahead, need.threads, lambda shape: np.empty(shape, np.uint8))) as batches:
         for _ in batches:
