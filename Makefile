@@ -18,7 +18,7 @@ test-long: $(READY)
 	$(BIN)/python -m pytest -m long -s
 
 # Built again when what is installed changes; the kernels are optional, their build may fail.
-$(READY): setup.cfg setup.py pyproject.toml constraints.txt loader/_gather.c prep/_imresize.c
+$(READY): setup.cfg setup.py pyproject.toml constraints.txt loader/_gather.c prep/_imresize.c model/_mixing.c model/_mixing_parts.h
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
@@ -26,4 +26,4 @@ $(READY): setup.cfg setup.py pyproject.toml constraints.txt loader/_gather.c pre
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info loader/*.so prep/*.so
+	rm -rf $(VENV) build demo *.egg-info loader/*.so prep/*.so model/*.so

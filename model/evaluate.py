@@ -1,177 +1,206 @@
-"""PSNR and SSIM of a network, or of bicubic enlargement, on a folder of images: `python -m model.evaluate`.
+"""PSNR and SSIM of a network, or of bicubic enlargement, on test images: `python -m model.evaluate`.
 
-Images are uint8 arrays (H, W, 3), RGB. HR images whose size is no multiple of the scale are cropped at the
-bottom and right, as everyone does; LR images are read, or made by MATLAB's bicubic.
+The images are a folder of HR, with LR from another or made by MATLAB's bicubic, or a dataset of shards.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import Literal
 
 import click
-import numpy as np
-import torch
-from torch import nn
 
 from loader import ImageDataset
 from loader.format import SCALES, ShardsError
-from model.checkpoints import CheckpointError, load_checkpoint
+from model.atomic import write_atomically
+from model.checkpoints import CheckpointError
 from model.metrics import Image, Scores, mean_scores, score
-from prep.images import check_sizes, find_images, pair_lr, read_image
-from prep.imresize import enlarge, imresize
+from model.options import (
+    Weights,
+    choose_tiling,
+    describe,
+    device_option,
+    ensemble_option,
+    open_network,
+    overlap_option,
+    pick_device,
+    weights_option,
+)
+from model.pairs import Pair, read_pairs, shard_pairs
+from model.pictures import Picture, encode_picture
+from model.sheet import Row, make_row, write_sheet
+from model.upscalers import Upscaler, bicubic_upscaler, network_upscaler
 
-Upscaler = Callable[[Image], Image]
+__all__ = [
+    "Pair",
+    "Upscaler",
+    "bicubic_upscaler",
+    "main",
+    "network_upscaler",
+    "pick_device",
+    "read_pairs",
+    "score_pairs",
+    "shard_pairs",
+]
 
-
-@dataclass(frozen=True)
-class Pair:
-    """One test image: `hr` is uint8 (H·scale, W·scale, 3), `lr` uint8 (H, W, 3)."""
-
-    name: str
-    lr: Image
-    hr: Image
-
-
-def bicubic_upscaler(scale: int) -> Upscaler:
-    """Enlarge by MATLAB's bicubic."""
-    return lambda lr: enlarge(lr, scale)
-
-
-def network_upscaler(network: nn.Module, device: torch.device) -> Upscaler:
-    """Enlarge by `network`, which must be on `device`; its output is clamped and rounded to uint8."""
-
-    def upscale(lr: Image) -> Image:
-        pixels = torch.from_numpy(np.ascontiguousarray(lr)).to(device)
-        training = network.training
-        network.eval()
-        with torch.inference_mode():
-            sr = network(pixels.permute(2, 0, 1).unsqueeze(0).float() / 255)
-            rounded = sr[0].float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0)
-        network.train(training)
-        return np.ascontiguousarray(rounded.cpu().numpy())
-
-    return upscale
+Watcher = Callable[[Pair, Image], None]
 
 
-def score_pairs(upscale: Upscaler, pairs: Iterable[Pair], border: int) -> Iterator[tuple[str, Scores]]:
+def score_pairs(
+    upscale: Upscaler, pairs: Iterable[Pair], border: int, *, watch: Watcher | None = None
+) -> Iterator[tuple[str, Scores]]:
     """Enlarge each LR image and compare it with HR, leaving out `border` pixels along every edge.
 
-    Raises ShardsError, naming the image, where it is too small or an upscaler's result has another size.
+    `watch` is called with each pair and its result. Raises ShardsError, naming the image, where it is too small or an
+    upscaler's result has another size.
     """
     for pair in pairs:
+        sr = upscale(pair.lr)
         try:
-            yield pair.name, score(upscale(pair.lr), pair.hr, border)
+            scores = score(sr, pair.hr, border)
         except ValueError as error:
             raise ShardsError(f"image {pair.name}: {error}") from error
-
-
-def read_pairs(hr: Path, lr: Path | None, scale: int) -> Iterator[Pair]:
-    """Read the images of folder `hr`, with LR from folder `lr` or made from HR by `imresize`.
-
-    LR images are found by stem, and may be HR's size rounded up, as for `prep build-shards --lr`. Raises
-    ShardsError for a folder without images, an image that cannot be read, and, listing them all before any image
-    is given, LR images that are missing or have a wrong size.
-    """
-    images = find_images([hr])
-    given = None
-    if lr is not None:
-        given = pair_lr(images, lr, scale)
-        check_sizes(images, given, scale)
-    for number, image in enumerate(images):
-        pixels = read_image(image.path)
-        height, width = (size // scale for size in pixels.shape[:2])
-        if min(height, width) == 0:
-            raise ShardsError(f"{image.path}: expected at least {scale} x {scale} pixels, got {pixels.shape[:2]}")
-        pixels = pixels[: height * scale, : width * scale]
-        small = imresize(pixels, scale) if given is None else read_image(given[number].path)
-        yield Pair(image.stem, small[:height, :width], pixels)
-
-
-def shard_pairs(images: ImageDataset) -> Iterator[Pair]:
-    """Give the whole images of a dataset of shards."""
-    for number, name in enumerate(images.names):
-        lr, hr = (np.ascontiguousarray(side.permute(1, 2, 0).numpy()) for side in images[number])
-        yield Pair(name, lr, hr)
-
-
-def pick_device(name: str) -> torch.device:
-    """Give the device called `name`, "auto" being CUDA where there is one; click.BadParameter for another."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise click.BadParameter(f"cannot use {name!r}: {reason}", param_hint="'--device'") from error
-    return device
-
-
-def _network_from(path: Path, scale: int, prefer: Literal["ema", "raw"], device: torch.device) -> Upscaler:
-    """Load the network of a checkpoint, say on stdout what it is, and make an upscaler of it."""
-    checkpoint = load_checkpoint(path, prefer)
-    config = checkpoint.config
-    if config.scale != scale:
-        raise CheckpointError(f"{path}: expected a network for --scale {scale}, got one for {config.scale}")
-    network = checkpoint.build().to(device)
-    click.echo(
-        f"checkpoint {path}: weights {checkpoint.weights_key}, {network.parameter_count()} parameters, "
-        f"{config.features} features, kernel {config.kernel_size}, {config.blocks} blocks, on {device}"
-    )
-    return network_upscaler(network, device)
+        if watch is not None:
+            watch(pair, sr)
+        yield pair.name, scores
 
 
 @click.command()
-@click.option("--hr", type=click.Path(path_type=Path), required=True, help="Folder of HR images.")
+@click.option("--hr", type=click.Path(path_type=Path), help="Folder of HR images.")
 @click.option("--lr", type=click.Path(path_type=Path), help="Folder of LR images.  [default: made from HR]")
+@click.option("--shards", type=click.Path(path_type=Path), help="Dataset of shards, in place of --hr and --lr.")
 @click.option("--scale", type=int, required=True, help="2, 3, 4 or 8.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights to evaluate.")
 @click.option("--bicubic", is_flag=True, help="Evaluate MATLAB's bicubic enlargement instead.")
-@click.option(
-    "--weights",
-    type=click.Choice(["ema", "raw"]),
-    default="ema",
-    show_default=True,
-    help="Which weights to take from a checkpoint that holds both.",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@weights_option
+@ensemble_option
+@click.option("--tile", type=click.IntRange(min=1), help="LR pixels of a tile's side.  [default: whole images]")
+@overlap_option
+@click.option("--save", type=click.Path(path_type=Path), help="Folder for the results, as NAME_x4.png.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="PNG file for crops of the first images, side by side.")
+@click.option("--sheet-rows", type=click.IntRange(min=1), default=8, show_default=True, help="Images on the sheet.")
+@click.option("--json", "as_json", is_flag=True, help="For programs; a PSNR of equal images is null.")
+@device_option
 def main(
-    hr: Path,
+    hr: Path | None,
     lr: Path | None,
+    shards: Path | None,
     scale: int,
     checkpoint: Path | None,
     bicubic: bool,
-    weights: Literal["ema", "raw"],
+    weights: Weights,
+    self_ensemble: bool,
+    tile: int | None,
+    overlap: int | None,
+    save: Path | None,
+    sheet: Path | None,
+    sheet_rows: int,
+    as_json: bool,
     device: str,
 ) -> None:
     """PSNR and SSIM in RGB and on MATLAB's Y, per image and on average; the border left out is the scale."""
     if bicubic == (checkpoint is not None):
         raise click.UsageError("give either --checkpoint FILE or --bicubic")
+    if (hr is None) == (shards is None):
+        raise click.UsageError("give either --hr DIR or --shards DIR")
+    if lr is not None and shards is not None:
+        raise click.UsageError("--lr goes with --hr; --shards holds LR")
+    if bicubic and (self_ensemble or tile is not None or sheet is not None):
+        raise click.UsageError("--self-ensemble, --tile and --sheet need --checkpoint")
+    if overlap is not None and tile is None:
+        raise click.UsageError("--overlap needs --tile")
     if scale not in SCALES:
         raise click.BadParameter(f"expected one of {SCALES}, got {scale}", param_hint="'--scale'")
     try:
         if checkpoint is not None:
-            upscale = _network_from(checkpoint, scale, weights, pick_device(device))
+            upscale, heading = _network(checkpoint, weights, scale, device, tile, overlap, self_ensemble)
         else:
-            upscale = bicubic_upscaler(scale)
-            click.echo("bicubic enlargement, MATLAB's")
-        click.echo(f"LR {'made from HR by MATLAB bicubic' if lr is None else f'from {lr}'}, scale {scale}")
-        click.echo(f"border cropped before measuring: {scale} pixels on each side")
-        click.echo("image PSNR-RGB SSIM-RGB PSNR-Y SSIM-Y")
-        collected = []
-        for name, scores in score_pairs(upscale, read_pairs(hr, lr, scale), border=scale):
-            collected.append(scores)
-            _print_row(name, scores)
-        _print_row("mean", mean_scores(collected))
+            upscale, heading = bicubic_upscaler(scale), ["bicubic enlargement, MATLAB's"]
+        source = f"shards {shards}" if hr is None else str(lr) if lr is not None else None
+        heading.append(f"LR {'made from HR by MATLAB bicubic' if source is None else f'from {source}'}, scale {scale}")
+        heading.append(f"border cropped before measuring: {scale} pixels on each side")
+        if save is not None:
+            _make_folder(save, [folder for folder in (hr, lr) if folder is not None])
+        if sheet is not None:
+            sheet.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour
+        say = _silent if as_json else click.echo
+        for line in [*heading, "image PSNR-RGB SSIM-RGB PSNR-Y SSIM-Y"]:
+            say(line)
+        rows: list[Row] = []
+
+        def watch(pair: Pair, sr: Image) -> None:
+            if save is not None:
+                path = save / f"{pair.name}_x{scale}.png"
+                write_atomically(path, encode_picture(Picture(sr), path))
+            if sheet is not None and len(rows) < sheet_rows:
+                rows.append(make_row(pair.name, pair.lr, sr, bicubic_upscaler(scale)(pair.lr), pair.hr, scale))
+
+        pairs = _pairs(hr, lr, shards, scale)
+        collected: dict[str, Scores] = {}
+        for name, scores in score_pairs(upscale, pairs, scale, watch=watch):
+            collected[name] = scores
+            say(_line(name, scores))
+        mean = mean_scores(collected.values())
+        say(_line("mean", mean))
+        if sheet is not None:
+            write_sheet(rows, sheet)
+        if as_json:
+            images = {name: _numbers(scores) for name, scores in collected.items()}
+            facts = {"notes": heading, "scale": scale, "border": scale, "images": images, "mean": _numbers(mean)}
+            click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
     except (ShardsError, CheckpointError) as error:
         raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename}: {error.strerror}") from error
 
 
-def _print_row(name: str, scores: Scores) -> None:
-    click.echo(" ".join([name, *(f"{value:.4f}" for value in astuple(scores))]))
+def _network(
+    path: Path, weights: Weights, scale: int, device: str, tile: int | None, overlap: int | None, self_ensemble: bool
+) -> tuple[Upscaler, list[str]]:
+    """Load the network of a checkpoint and make an upscaler of it, and lines that say what it is."""
+    checkpoint, network = open_network(path, weights, scale)
+    place = pick_device(device)
+    tiling = None if tile is None else choose_tiling(network, tile, overlap)
+    heading = [f"{describe(checkpoint, network)}, on {place}"]
+    if self_ensemble:
+        heading.append("self-ensemble: the mean over 8 flips and quarter turns")
+    if tiling is not None:
+        heading.append(f"tiles of {tiling.tile} LR pixels, read with {tiling.overlap} more on each side")
+    return network_upscaler(network.to(place), place, tiling=tiling, self_ensemble=self_ensemble), heading
+
+
+def _pairs(hr: Path | None, lr: Path | None, shards: Path | None, scale: int) -> Iterator[Pair]:
+    if shards is not None:
+        return shard_pairs(ImageDataset(shards, scale))
+    assert hr is not None
+    return read_pairs(hr, lr, scale)
+
+
+def _make_folder(folder: Path, sources: Iterable[Path]) -> None:
+    """Make the folder for results, which must not lie among the images that are read; ShardsError if it does."""
+    place = folder.resolve()
+    for source in sources:
+        if place.is_relative_to(source.resolve()):
+            raise ShardsError(
+                f"{folder}: expected a folder for results outside {source}, which is read from, got one in it"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _line(name: str, scores: Scores) -> str:
+    return " ".join([name, *(f"{value:.4f}" for value in astuple(scores))])
+
+
+def _numbers(scores: Scores) -> dict[str, float | None]:
+    """The scores by name, what JSON has no number for as None."""
+    return {name: value if math.isfinite(value) else None for name, value in asdict(scores).items()}
+
+
+def _silent(line: str) -> None:
+    """Say nothing."""
 
 
 if __name__ == "__main__":

@@ -85,3 +85,22 @@ def dataset(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pyte
     """The small folder of images as a dataset at ×2, ×3 and ×4, once in each container."""
     out = tmp_path_factory.mktemp("shards") / request.param
     return build(folder, out, container=request.param, scales=(2, 3, 4))
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three images that a network can learn something from; `small` is smaller than the others."""
+    folder = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(4)
+    for name, height, width in (("one", 64, 80), ("two", 72, 60), ("small", 28, 40)):
+        rows, columns = np.mgrid[:height, :width]
+        edges = 127 + 90 * np.sign(np.sin(rows / 6 + rng.random())[..., None] * np.cos(columns / 7)[..., None])
+        image = edges + rng.normal(0, 8, (height, width, 3))
+        write_image(folder / f"{name}.png", image.clip(0, 255).astype(np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def training_shards(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those images as a dataset at ×2."""
+    return build(photographs, tmp_path_factory.mktemp("shards") / "train", scales=(2,))

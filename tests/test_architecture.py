@@ -19,7 +19,18 @@ RULES: list[tuple[str, set[str]]] = [
     ("prep.", {"prep", *(f"loader.{name}" for name in NUMPY_ONLY)}),
     ("loader.", {"loader"}),
     ("model.evaluate", {"loader", "model", "prep.imresize", "prep.images"}),
+    ("model.upscale", {"loader.format", "model", "prep.imresize", "prep.images"}),  # and model.upscalers
+    ("model.pairs", {"loader", "model.metrics", "prep.imresize", "prep.images"}),
+    ("model.pictures", {"loader.format", "prep.images"}),
+    ("model.options", {"model.checkpoints", "model.shufflemixer", "model.tiled"}),
+    ("model.export", {"model"}),
+    ("model.sheet", {"model.atomic", "model.metrics"}),
+    ("model.curves", {"loader.format", "model.atomic"}),
+    ("model.tiled", {"model.shufflemixer"}),
     ("model.checkpoints", {"model.shufflemixer"}),
+    ("model.shufflemixer", {"model.fused"}),
+    ("model.fused", {"loader.kernel"}),
+    ("model.training", {"loader", "model"}),
     ("model.", set()),
     ("train", {"loader", "model"}),
 ]
@@ -32,7 +43,7 @@ BANNED = {
 
 
 def modules() -> dict[str, Path]:
-    paths = [path for part in OURS for path in (ROOT / part).glob("*.py")] + [ROOT / "train.py"]
+    paths = [path for part in OURS for path in (ROOT / part).rglob("*.py")] + [ROOT / "train.py"]
     return {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in paths}
 
 

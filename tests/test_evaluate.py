@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image as PillowImage
 from torch import Tensor, nn
 
 from loader import ImageDataset, ShardsError
+from model.checkpoints import load_checkpoint
 from model.evaluate import (
     Pair,
     bicubic_upscaler,
@@ -28,6 +30,7 @@ from model.evaluate import (
 from model.metrics import Image, score
 from model.shufflemixer import ShuffleMixer
 from prep.cli import main as prep
+from prep.images import read_image
 from prep.imresize import enlarge, imresize
 
 ROW = re.compile(r"(\S+)( -?\d+\.\d{4}){4}")
@@ -49,6 +52,15 @@ def hr(tmp_path: Path) -> Path:
     PillowImage.fromarray(photograph(65, 79)).save(folder / "a.png")
     PillowImage.fromarray(photograph(53, 49, seed=1)).save(folder / "b.png")
     return folder
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A checkpoint of a small network at ×2."""
+    torch.manual_seed(0)
+    path = tmp_path / "weights.pt"
+    torch.save({"params": ShuffleMixer(8, 3, 1, 2, scale=2).state_dict()}, path)
+    return path
 
 
 def run(*arguments: object) -> Result:
@@ -158,20 +170,116 @@ def test_checkpoint_command_says_which_weights(hr: Path, tmp_path: Path) -> None
     assert means[0] != means[1]
 
 
-def test_usage_errors(hr: Path, tmp_path: Path) -> None:
+def scores_of(result: Result) -> list[list[float]]:
+    assert result.exit_code == 0, result.output
+    return [
+        [float(number) for number in line.split()[1:]] for line in result.stdout.splitlines() if ROW.fullmatch(line)
+    ]
+
+
+def test_tiles_change_nothing_and_small_overlaps_are_told(hr: Path, weights: Path) -> None:
+    arguments = ["--hr", hr, "--scale", 2, "--checkpoint", weights]
+    whole, tiles, seams = (run(*arguments, *flags) for flags in ([], ["--tile", 9], ["--tile", 9, "--overlap", 0]))
+    assert "tiles of 9 LR pixels, read with 5 more on each side" in tiles.stdout
+    np.testing.assert_allclose(scores_of(tiles), scores_of(whole), atol=2e-3)  # of dB: rounding may tip a value by 1
+    assert not np.allclose(scores_of(seams), scores_of(whole), atol=2e-3)
+    assert "--overlap 0 is less than the 5 pixels that the network sees" in seams.stderr
+
+
+def test_self_ensemble_averages_before_rounding(hr: Path, weights: Path) -> None:
+    result = run("--hr", hr, "--scale", 2, "--checkpoint", weights, "--self-ensemble", "--device", "cpu")
+    network = load_checkpoint(weights).build()
+    pair = next(read_pairs(hr, None, 2))
+    lr = torch.from_numpy(pair.lr).permute(2, 0, 1)[None].float() / 255
+    with torch.inference_mode():
+        views = [(turns, axes) for turns in range(4) for axes in ((), (-1,))]
+        results = [torch.rot90(network(torch.rot90(lr.flip(f), t, (2, 3))), -t, (2, 3)).flip(f) for t, f in views]
+        mean = torch.stack(results).mean(0)[0].clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
+    expected = score(mean, pair.hr, border=2)
+    np.testing.assert_allclose(scores_of(result)[0], [*vars(expected).values()], atol=1e-3)
+
+
+def test_shards_give_what_their_folder_gives(hr: Path, weights: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    assert CliRunner().invoke(prep, ["build-shards", str(hr), "--scale", "2", "--out", str(shards)]).exit_code == 0
+    arguments = ["--scale", 2, "--checkpoint", weights]
+    ours, theirs = run("--shards", shards, *arguments), run("--hr", hr, *arguments)
+    assert f"LR from shards {shards}, scale 2" in ours.stdout
+    assert ours.stdout.splitlines()[-3:] == theirs.stdout.splitlines()[-3:]
+    wrong = run("--shards", shards, "--scale", 3, "--bicubic")
+    assert wrong.exit_code == 1
+    assert "3" in wrong.stderr
+
+
+def test_results_are_saved_as_scored(hr: Path, weights: Path, tmp_path: Path) -> None:
+    saved, sheet = tmp_path / "new" / "results", tmp_path / "sheets" / "sheet.png"
+    flags = ["--save", saved, "--sheet", sheet, "--sheet-rows", 1]
+    result = run("--hr", hr, "--scale", 2, "--checkpoint", weights, *flags)
+    rows = scores_of(result)
+    assert sorted(path.name for path in saved.iterdir()) == ["a_x2.png", "b_x2.png"]
+    for pair, row in zip(read_pairs(hr, None, 2), rows, strict=False):
+        scores = score(read_image(saved / f"{pair.name}_x2.png"), pair.hr, border=2)
+        assert row == pytest.approx([*vars(scores).values()], abs=1e-4)
+    one = read_image(sheet)
+    again = run("--hr", hr, "--scale", 2, "--checkpoint", weights, *flags[:-1], 2)
+    assert again.exit_code == 0
+    two = read_image(sheet)
+    assert two.shape[0] > one.shape[0]
+    assert np.array_equal(two[: one.shape[0]], one)
+
+
+def test_json_holds_what_the_lines_say(hr: Path, weights: Path) -> None:
+    arguments = ["--hr", hr, "--scale", 2, "--checkpoint", weights]
+    facts = json.loads(run(*arguments, "--json").stdout)
+    lines = run(*arguments).stdout.splitlines()
+    assert facts["notes"] == lines[:3]
+    assert list(facts["images"]) == ["a", "b"]
+    for line, scores in zip(lines[-3:], [*facts["images"].values(), facts["mean"]], strict=True):
+        assert line.split()[1:] == [f"{value:.4f}" for value in scores.values()]
+    assert list(facts["mean"]) == ["psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y"]
+
+
+def test_json_of_equal_images_is_json(tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    PillowImage.new("RGB", (40, 40), (10, 20, 30)).save(tmp_path / "flat" / "a.png")
+    result = run("--hr", tmp_path / "flat", "--scale", 2, "--bicubic", "--json")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    facts = json.loads(result.stdout, parse_constant=refuse)
+    assert facts["mean"]["psnr_y"] is None
+    assert facts["mean"]["ssim_y"] == pytest.approx(1)
+
+
+def test_a_cut_image_ends_the_evaluation(hr: Path) -> None:
+    (hr / "c.png").write_bytes((hr / "a.png").read_bytes()[:2000])
+    result = run("--hr", hr, "--scale", 2, "--bicubic")
+    assert result.exit_code == 1
+    assert "c.png: expected a whole image" in result.stderr
+    assert "mean" not in result.stdout
+
+
+def test_usage_errors(hr: Path, weights: Path) -> None:
     for arguments, message in (
         (["--hr", hr, "--scale", 2], "give either --checkpoint FILE or --bicubic"),
         (["--hr", hr, "--scale", 2, "--bicubic", "--checkpoint", "x"], "give either"),
         (["--hr", hr, "--scale", 5, "--bicubic"], "expected one of (2, 3, 4, 8), got 5"),
-        (["--scale", 2, "--bicubic"], "--hr"),
-        (["--hr", hr, "--scale", 2, "--checkpoint", "x", "--device", "abacus"], "cannot use 'abacus'"),
+        (["--scale", 2, "--bicubic"], "give either --hr DIR or --shards DIR"),
+        (["--hr", hr, "--shards", hr, "--scale", 2, "--bicubic"], "give either --hr DIR or --shards DIR"),
+        (["--lr", hr, "--shards", hr, "--scale", 2, "--bicubic"], "--lr goes with --hr"),
+        (["--hr", hr, "--scale", 2, "--bicubic", "--tile", 8], "--tile and --sheet need --checkpoint"),
+        (["--hr", hr, "--scale", 2, "--bicubic", "--sheet", "x.png"], "--tile and --sheet need --checkpoint"),
+        (["--hr", hr, "--scale", 2, "--checkpoint", "x", "--overlap", 8], "--overlap needs --tile"),
+        (["--hr", hr, "--scale", 2, "--checkpoint", "x", "--tile", 0], "--tile"),
+        (["--hr", hr, "--scale", 2, "--checkpoint", weights, "--device", "abacus"], "cannot use 'abacus'"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2
         assert message in result.stderr
 
 
-def test_bad_input_is_one_clear_line(hr: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_clear_line(hr: Path, weights: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pt").write_text("nothing")
     torch.save(ShuffleMixer(8, 3, 1, 2, scale=4).state_dict(), tmp_path / "x4.pt")
@@ -181,6 +289,12 @@ def test_bad_input_is_one_clear_line(hr: Path, tmp_path: Path) -> None:
         (["--hr", hr, "--checkpoint", tmp_path / "absent.pt"], "absent.pt: no such file"),
         (["--hr", hr, "--checkpoint", tmp_path / "text.pt"], "got a damaged file or other content"),
         (["--hr", hr, "--checkpoint", tmp_path / "x4.pt"], "expected a network for --scale 2, got one for 4"),
+        (["--shards", hr, "--bicubic"], "index.json"),
+        (["--hr", hr, "--bicubic", "--save", hr], f"expected a folder for results outside {hr}"),
+        (["--hr", hr, "--bicubic", "--save", hr / "inner"], f"expected a folder for results outside {hr}"),
+        (["--hr", hr, "--bicubic", "--save", tmp_path / "text.pt"], "text.pt: File exists"),
+        (["--hr", hr, "--checkpoint", weights, "--sheet", tmp_path / "text.pt" / "x.png"], "text.pt: File exists"),
+        (["--hr", hr, "--checkpoint", weights, "--sheet", tmp_path / "empty"], "empty: Is a directory"),
     ):
         result = run(*arguments, "--scale", 2)
         assert result.exit_code == 1

@@ -1,7 +1,8 @@
-"""The network: published sizes and names, golden values, and the reading of checkpoints."""
+"""The network: published sizes and names, golden values, ablations, and the states of torch that it works in."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.checkpoints import CheckpointError, infer_config, load_checkpoint
 from model.losses import LossConfig, combined
-from model.shufflemixer import PRESETS, ShuffleMixer, ShuffleMixerConfig, concatenate_shuffled
+from model.shufflemixer import (
+    PRESETS,
+    ShuffleMixer,
+    ShuffleMixerConfig,
+    ShuffleMixerLayer,
+    concatenate_shuffled,
+)
 
 NETWORKS = [(name, scale) for name in ("tiny", "base") for scale in (2, 3, 4)]
 PARAMETERS = {
@@ -76,12 +82,12 @@ def test_golden_values(name: str, scale: int, golden: Callable[[str, int], dict[
     network.load_state_dict(weights, strict=True)
 
     sr = network(torch.tensor(data["input"]))
-    losses = combined(sr, torch.tensor(data["target"]), LossConfig(fft_weight=0.1))
+    losses = combined(sr, torch.tensor(data["target"]), LossConfig())
     torch.autograd.backward(losses.total)
 
     assert relative_error(sr, data["output"]) < 1e-5
-    assert relative_error(losses.l1, data["loss_l1"]) < 1e-5
-    assert relative_error(losses.fft, data["loss_fft"]) < 1e-5
+    assert relative_error(losses.parts["l1"], data["loss_l1"]) < 1e-5
+    assert relative_error(losses.parts["fft"], data["loss_fft"]) < 1e-5
     for key in ("to_feat.weight", "tail.weight"):
         gradient = network.get_parameter(key).grad
         assert gradient is not None
@@ -119,6 +125,7 @@ def test_memory_format_does_not_change_values(layout: torch.memory_format) -> No
         ({"blocks": 0}, "blocks must be a whole number of at least 1, got 0"),
         ({"mlp_ratio": 1.5}, "mlp_ratio must be a whole number of at least 1, got 1.5"),
         ({"scale": 8}, r"scale must be one of \(2, 3, 4\), got 8"),
+        ({"split": 1}, "split must be true or false, got 1"),
     ],
 )
 def test_impossible_shapes_are_refused(change: dict[str, Any], message: str) -> None:
@@ -131,77 +138,140 @@ def test_unknown_preset_is_refused() -> None:
         ShuffleMixer.preset("huge", 2)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        *(ShuffleMixerConfig.preset(name, scale) for name, scale in NETWORKS),
-        ShuffleMixerConfig(features=16, kernel_size=5, blocks=2, mlp_ratio=3, scale=3),
-    ],
-)
-def test_shape_is_told_from_the_weights(config: ShuffleMixerConfig) -> None:
-    assert infer_config(ShuffleMixer.from_config(config).state_dict()) == config
-
-
-def small_network() -> ShuffleMixer:
-    return ShuffleMixer(features=8, kernel_size=3, blocks=1, mlp_ratio=2, scale=2)
-
-
-def test_checkpoint_layouts(tmp_path: Path) -> None:
-    raw, ema = small_network().state_dict(), small_network().state_dict()
-    wrapped = {f"module.{name}": value for name, value in raw.items()}
-    cases: list[tuple[dict[str, Any], str, str]] = [
-        ({"params": raw, "params_ema": ema, "iteration": 5}, "params_ema", "params"),
-        ({"params_ema": ema}, "params_ema", "params_ema"),
-        ({"params": wrapped}, "params", "params"),
-        (dict(raw), "bare", "bare"),
-    ]
-    for content, by_ema, by_raw in cases:
-        path = tmp_path / "weights.pt"
-        torch.save(content, path)
-        assert load_checkpoint(path).weights_key == by_ema
-        assert load_checkpoint(path, prefer="raw").weights_key == by_raw
-        weights = load_checkpoint(path).build().state_dict()
-        expected = ema if by_ema == "params_ema" else raw
-        assert all(torch.equal(weights[name], expected[name]) for name in expected)
-
-
-class Harmful:
-    """Something that a pickle could carry: reading it would call a function."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.mkdir, (Path("srshards-pickle-was-executed"),)
-
-
-def test_wrong_files_are_clear_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    good = small_network().state_dict()
-    missing = {name: value for name, value in good.items() if name != "tail.bias"}
-    torch.save(good, "whole.pt")
-    Path("truncated.pt").write_bytes(Path("whole.pt").read_bytes()[:2000])
-    Path("text.pt").write_text("not a checkpoint")
-    torch.save({"params": Harmful()}, "harmful.pt")
-    torch.save([1, 2], "list.pt")
-    torch.save({"params": 3}, "number.pt")
-    torch.save({"conv.weight": torch.zeros(1)}, "other.pt")
-    torch.save({"params": missing}, "missing.pt")
-    torch.save(good | {"extra": torch.zeros(1)}, "extra.pt")
-    cases = {
-        "absent.pt": "no such file",
-        "truncated.pt": "got a damaged file or other content",
-        "text.pt": "got a damaged file or other content",
-        "harmful.pt": "got a damaged file or other content",
-        "list.pt": "expected a mapping of weights, got list",
-        "number.pt": "expected weights in params_ema, params or at the top, got keys params",
-        "other.pt": "not the weights of a ShuffleMixer; missing or wrong: 'to_feat.weight'",
-        "missing.pt": r"tail.bias: expected \(3,\), got nothing",
-        "extra.pt": r"extra: expected no such name, got \(1,\)",
-    }
-    for name, message in cases.items():
-        with pytest.raises(CheckpointError, match=f"^{name}.*{message}"):
-            load_checkpoint(Path(name)).build()
-    assert not Path("srshards-pickle-was-executed").exists()
-
-
 def test_presets_are_the_published_shapes() -> None:
     shapes = {name: (c.features, c.kernel_size, c.blocks, c.mlp_ratio) for name, c in PRESETS.items()}
     assert shapes == {"tiny": (32, 3, 5, 2), "base": (64, 7, 5, 2)}
+
+
+ABLATIONS: list[dict[str, Any]] = [
+    {"shuffle": False},
+    {"split": False},
+    {"fused": False},
+    {"norm": False},
+    {"kernel_size": 7},
+    {"shuffle": False, "fused": False, "norm": False},
+]
+
+
+def parts(config: ShuffleMixerConfig) -> tuple[int, int]:
+    """Parameters and multiply-accumulates per LR pixel, summed by hand for ×2."""
+    features, kernel = config.features, config.kernel_size
+    width = features // 2 if config.split else features
+    mlp = 2 * width * width * config.mlp_ratio
+    mlp_biases = width * config.mlp_ratio + width
+    wide = features + 16
+    layers = 2 * config.blocks
+    macs = layers * (2 * mlp + features * kernel**2) + 27 * features + 4 * features**2 + 4 * 27 * features
+    biases = layers * (2 * mlp_biases + features) + 4 * features + 3
+    weights = macs - 3 * 27 * features
+    if config.norm:
+        biases += layers * 2 * features
+    if config.fused:
+        fused = config.blocks * (9 * features * wide + wide * features)
+        macs, weights, biases = macs + fused, weights + fused, biases + config.blocks * (wide + features)
+    return weights + biases, macs + 4 * 3 * 4
+
+
+@pytest.mark.parametrize("changes", [{}, *ABLATIONS], ids=str)
+def test_ablations_count_what_they_have(changes: dict[str, Any]) -> None:
+    network = ShuffleMixer.preset("tiny", 2, **changes)
+    parameters, macs = parts(network.config)
+    assert network.parameter_count() == parameters
+    assert network.multiply_accumulates(20, 30) == macs * 10 * 15
+
+
+@pytest.mark.parametrize("changes", ABLATIONS, ids=str)
+def test_ablations_leave_out_what_they_say(changes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    lr = torch.rand(1, 3, 8, 9)
+    network = ShuffleMixer.preset("tiny", 2, **changes)
+    sr = network(lr)
+    assert sr.shape == (1, 3, 16, 18)
+    torch.autograd.backward(sr.sum())
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    block = network.get_submodule("blocks.0")
+    first = block.get_submodule("net.0")
+    assert isinstance(first, ShuffleMixerLayer)
+    assert hasattr(block, "conv") == network.config.fused
+    assert isinstance(first.norm1, torch.nn.Identity) != network.config.norm
+    assert first.mlp1.get_parameter("fc.0.weight").shape[1] == (16 if network.config.split else 32)
+    x = torch.rand(1, 32, 4, 4)
+    if network.config.split:  # the half that passes by the MLP stays where it is, unless it is shuffled
+        assert torch.equal(first.mlp1(x)[:, 16:], x[:, 16:]) != network.config.shuffle
+
+
+@pytest.mark.parametrize("features", [16, 32])  # by plain operations, and by the fused ones where they are built
+def test_activation_checkpointing_changes_no_bit(features: int) -> None:
+    torch.manual_seed(0)
+    network = ShuffleMixer(features, kernel_size=3, blocks=2, scale=2)
+    lr = torch.rand(2, 3, 10, 12)
+    steps: list[list[Tensor]] = []
+    for network.activation_checkpointing in (False, True):
+        network.zero_grad()
+        sr = network(lr)
+        torch.autograd.backward(sr.square().mean())
+        steps.append([sr, *(parameter.grad for parameter in network.parameters() if parameter.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*steps, strict=True))
+    network.eval()
+    assert torch.equal(network(lr), steps[0][0])
+
+
+def test_activation_checkpointing_keeps_less() -> None:
+    lr = torch.rand(1, 3, 16, 16)
+    kept = []
+    for checkpointing in (False, True):
+        network = ShuffleMixer(16, kernel_size=3, blocks=4, scale=2)
+        network.activation_checkpointing = checkpointing
+        sizes: list[int] = []
+
+        def pack(value: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(value.numel())
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            network(lr)
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 2
+
+
+def test_steps_are_deterministic() -> None:
+    torch.manual_seed(0)
+    start = ShuffleMixer.preset("tiny", 2)
+    lr, hr = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 32, 32)
+    ends = []
+    for _ in range(2):
+        network = copy.deepcopy(start)
+        optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
+        for _ in range(2):
+            optimiser.zero_grad()
+            torch.autograd.backward(combined(network(lr), hr, LossConfig()).total)
+            optimiser.step()
+        ends.append(network.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    network = ShuffleMixer.preset("tiny", 2)
+    lr = torch.rand(1, 3, 12, 12)
+    expected = network(lr)
+    with torch.autocast("cpu", dtype):
+        got = network(lr)
+    torch.autograd.backward(got.float().mean())
+    assert (got.float() - expected).abs().mean() < 0.05
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+def test_double_gradients() -> None:
+    torch.manual_seed(0)
+    network = ShuffleMixer(8, kernel_size=3, blocks=1, mlp_ratio=1, scale=2).double()
+    assert torch.autograd.gradcheck(network, torch.rand(1, 3, 3, 4, dtype=torch.float64, requires_grad=True))
+
+
+def test_export_needs_no_kernel() -> None:
+    network = ShuffleMixer.preset("tiny", 2).eval()
+    lr = torch.rand(1, 3, 8, 8)
+    program = torch.export.export(network, (lr,))
+    assert not any("fused" in str(node.target).lower() for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(lr), network(lr), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,72 @@
+"""What the commands here share: the options that choose a network and a device, and what they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+import torch
+
+from model.checkpoints import Checkpoint, CheckpointError, load_checkpoint
+from model.shufflemixer import ShuffleMixer
+from model.tiled import Tiling, receptive_radius
+
+Weights = Literal["ema", "raw"]
+
+weights_option = click.option(
+    "--weights",
+    type=click.Choice(["ema", "raw"]),
+    default="ema",
+    show_default=True,
+    help="Which weights to take from a checkpoint that holds both.",
+)
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+ensemble_option = click.option(
+    "--self-ensemble", is_flag=True, help="Average over the 8 flips and quarter turns: a little better, 8 times slower."
+)
+overlap_option = click.option(
+    "--overlap",
+    type=click.IntRange(min=0),
+    help="LR pixels read around each tile.  [default: as far as the network sees, for no seams at all]",
+)
+
+
+def pick_device(name: str) -> torch.device:
+    """Give the device called `name`, "auto" being CUDA where there is one; click.BadParameter for another."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise click.BadParameter(f"cannot use {name!r}: {reason}", param_hint="'--device'") from error
+    return device
+
+
+def open_network(path: Path, prefer: Weights, scale: int | None = None) -> tuple[Checkpoint, ShuffleMixer]:
+    """Read a checkpoint and build its network, on the CPU; CheckpointError for one of another scale than `scale`."""
+    checkpoint = load_checkpoint(path, prefer)
+    if scale not in (None, checkpoint.config.scale):
+        raise CheckpointError(f"{path}: expected a network for --scale {scale}, got one for {checkpoint.config.scale}")
+    return checkpoint, checkpoint.build()
+
+
+def describe(checkpoint: Checkpoint, network: ShuffleMixer) -> str:
+    """Say in a line which weights these are, and of what network."""
+    config = checkpoint.config
+    return (
+        f"checkpoint {checkpoint.path}: weights {checkpoint.weights_key}, {network.parameter_count()} parameters, "
+        f"{config.features} features, kernel {config.kernel_size}, {config.blocks} blocks"
+    )
+
+
+def choose_tiling(network: ShuffleMixer, tile: int, overlap: int | None) -> Tiling:
+    """Give tiles of that size, by default with the overlap that makes them equal to the whole; else say so, aloud."""
+    radius = receptive_radius(network)
+    if overlap is not None and overlap < radius:
+        click.echo(
+            f"--overlap {overlap} is less than the {radius} pixels that the network sees: tiles may seam", err=True
+        )
+    return Tiling(tile, radius if overlap is None else overlap)

@@ -1,0 +1,1 @@
+"""What `train.py` needs beside the network, each part alone: settings, ranks, memory, saving, stopping, reports."""

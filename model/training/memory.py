@@ -1,0 +1,57 @@
+"""How many samples a device holds at once, and the most memory it took."""
+
+import resource
+from collections.abc import Callable
+
+import torch
+
+SPARE = 0.03  # of a GPU's memory: allocations of other kinds, and fragmentation, come later
+
+
+def largest_part(share: int, fits: Callable[[int], bool]) -> int:
+    """The largest micro-batch that fits, of those that cut a share into the fewest, nearly equal parts.
+
+    `fits` must hold for all sizes below one for which it holds. Raises MemoryError if not even one sample fits.
+    """
+    few, many = 0, 1  # so many parts are too few, and so many may do
+    while not fits(-(-share // many)):
+        if many >= share:
+            raise MemoryError(
+                "expected memory for one sample at least; smaller --lr-patch or --activation-checkpointing"
+            )
+        few, many = many, min(2 * many, share)
+    while many - few > 1:
+        middle = (few + many) // 2
+        if fits(-(-share // middle)):
+            many = middle
+        else:
+            few = middle
+    return -(-share // many)
+
+
+def tried(step: Callable[[int], None], device: torch.device) -> Callable[[int], bool]:
+    """Make a test for `largest_part` of a step that takes a number of samples: it is done, to see whether it fits."""
+
+    def fits(samples: int) -> bool:
+        try:
+            step(samples)
+            if device.type != "cuda":
+                return True
+            torch.cuda.synchronize(device)
+            free, total = torch.cuda.mem_get_info(device)
+            return free >= SPARE * total
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
+
+    return fits
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory in use so far: of a GPU by tensors, on the CPU by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,170 @@
+"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, `metrics.jsonl` always."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model.atomic import write_atomically
+from model.losses import Losses
+from model.metrics import Scores
+from model.training.memory import peak_bytes
+from model.training.ranks import Ranks
+from model.training.settings import Config
+
+LOG = "metrics.jsonl"
+BICUBIC = "bicubic_"  # begins the names of bicubic enlargement's scores
+
+
+class Progress:
+    """The reports of a run; all ranks count, the first one speaks and writes.
+
+    An interval is what happens from one report of the losses to the next: means and times are over it.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, iteration: int) -> None:
+        self.log, self.ranks, self.total, self.batch_size = (
+            Path(config.out, LOG),
+            ranks,
+            config.iterations,
+            config.batch_size,
+        )
+        self.entries = [entry for entry in read_log(self.log) if entry["iteration"] <= iteration]
+        self.board: Any = None
+        if ranks.first:  # what a killed run wrote after its last checkpoint will come again
+            write_atomically(self.log, "".join(json.dumps(entry) + "\n" for entry in self.entries).encode())
+            self.board = _tensorboard(self.log.with_name("tensorboard"), iteration)
+        silent = None if ranks.first else True
+        self.bar = tqdm(total=config.iterations, initial=iteration, file=sys.stdout, disable=silent)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin the next interval."""
+        self.started = time.perf_counter()
+        self.waited = 0.0  # seconds blocked, waiting for a batch
+        self.steps = 0
+        self.sums: dict[str, Tensor] = {}  # they stay on the device: reading them would wait for the steps to end
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """In which to do what is no part of a step, and is not to count as its time."""
+        paused = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.started += time.perf_counter() - paused
+
+    def add(self, losses: Losses) -> None:
+        """Count one step."""
+        for name, value in {"loss": losses.total.detach(), **losses.parts}.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.steps += 1
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one, at once: a cluster's log would else stay empty for hours."""
+        if self.ranks.first:
+            self.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def report(self, iteration: int, learning_rate: float) -> None:
+        """Report the interval and begin the next: all ranks must call it. An interval without steps is left out."""
+        if self.steps:
+            sums = self.ranks.total(torch.stack(list(self.sums.values()))) / (self.steps * self.ranks.world_size)
+            losses = dict(zip(self.sums, sums.tolist(), strict=True))
+            seconds = time.perf_counter() - self.started
+            step, wait = seconds / self.steps, self.waited / seconds
+            values = losses | {
+                "learning_rate": learning_rate,
+                "images_per_second": self.batch_size / step,
+                "seconds_per_step": step,
+                "data_wait": wait,
+                "peak_memory": peak_bytes(self.ranks.device),
+            }
+            self.record(iteration, values)
+            parts = ", ".join(f"{name} {value:.5f}" for name, value in losses.items() if name != "loss")
+            text = (
+                f"loss {losses['loss']:.5f} ({parts})  learning rate {learning_rate:.2e}  "
+                f"{self.batch_size / step:.1f} images/s  {step:.4f} s/step  {wait:.1%} waiting for data  "
+                f"{duration((self.total - iteration) * step)} left  peak memory {values['peak_memory'] / 2**30:.2f} GiB"
+            )
+            if self.bar.disable:
+                self.say(f"iteration {iteration}/{self.total}  {text}")
+            else:
+                self.bar.set_postfix_str(text)
+                self.bar.update(iteration - self.bar.n)
+        self.restart()
+
+    def report_scores(self, iteration: int, scores: Scores, bicubic: Scores | None = None) -> None:
+        """Report the scores of the averaged weights, and once those of bicubic enlargement."""
+        if bicubic is not None:
+            self.record(iteration, {BICUBIC + name: value for name, value in asdict(bicubic).items()})
+            self.say(f"bicubic  {_line(bicubic)}")
+        self.record(iteration, asdict(scores))
+        self.say(f"validation at iteration {iteration}/{self.total}  {_line(scores)}")
+
+    def has(self, name: str, iteration: int | None = None) -> bool:
+        """Whether the log has a value, of an iteration or of any."""
+        return any(name in entry and iteration in (None, entry["iteration"]) for entry in self.entries)
+
+    def best(self) -> float:
+        """The highest PSNR-Y of all validations so far; -inf where there was none."""
+        return max((entry["psnr_y"] for entry in self.entries if "psnr_y" in entry), default=float("-inf"))
+
+    def record(self, iteration: int, values: Mapping[str, Any]) -> None:
+        """Add a line to the log, and its numbers to TensorBoard."""
+        entry = {"iteration": iteration, **values}
+        self.entries.append(entry)
+        if self.ranks.first:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, iteration)
+            self.board.flush()
+
+    def close(self) -> None:
+        """End the bar's line."""
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Give the lines of a run's log; a last line that a kill cut off is left out."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("iteration"), int):
+            yield entry
+
+
+def duration(seconds: float) -> str:
+    """A time as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def _line(scores: Scores) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in asdict(scores).items())
+
+
+def _tensorboard(folder: Path, iteration: int) -> Any:
+    """A TensorBoard writer where that is installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=iteration + 1)

@@ -1,0 +1,77 @@
+"""A run's checkpoints on disk: written whole or not at all, the last few and the best kept, the newest found."""
+
+import io
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.atomic import write_atomically
+from model.checkpoints import CheckpointError, read_raw
+
+NUMBERED = re.compile(r"iteration-(\d+)\.pt")
+LAST, BEST = "last.pt", "best.pt"
+
+
+def save(folder: Path, content: Mapping[str, Any], iteration: int, keep: int) -> Path:
+    """Write a checkpoint, let last.pt be the same file, and drop all but the `keep` newest; a kill loses none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.part"):  # of a process that was killed
+        left.unlink(missing_ok=True)
+    path = folder / name_of(iteration)
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    write_atomically(path, buffer.getvalue())
+    name_also(path, LAST)
+    for old in numbered(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def name_also(path: Path, name: str) -> None:
+    """Let another name in the same folder stand for a checkpoint too, by a hard link where there are such."""
+    temporary = path.with_name(f".{name}.part")
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+        temporary.replace(path.with_name(name))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def name_of(iteration: int) -> str:
+    """The name of the checkpoint of an iteration."""
+    return f"iteration-{iteration:08d}.pt"
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, newest first."""
+    return sorted((path for path in folder.glob("*.pt") if NUMBERED.fullmatch(path.name)), reverse=True)
+
+
+def any_in(folder: Path) -> bool:
+    """Whether a folder holds checkpoints of a run, whole or not."""
+    return bool(numbered(folder)) or (folder / LAST).exists()
+
+
+def read_newest(folder: Path) -> tuple[Path, Mapping[str, Any], list[str]] | None:
+    """Read the newest whole checkpoint, with the complaints about newer ones; None where there is none at all.
+
+    Raises CheckpointError if there are some, and none is whole.
+    """
+    complaints: list[str] = []
+    for path in [*numbered(folder), folder / LAST]:
+        try:
+            return path, read_raw(path), complaints
+        except CheckpointError as error:
+            if path.exists():
+                complaints.append(str(error))
+    if complaints:
+        raise CheckpointError("; ".join(complaints))
+    return None

@@ -1,0 +1,104 @@
+"""Everything that training changes, and its way into a checkpoint and back."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.checkpoints import CheckpointError
+from model.shufflemixer import ShuffleMixer
+from model.training.ranks import Ranks
+from model.training.settings import AUTO, Config
+
+ADAM_BETAS = (0.9, 0.99)
+# What the largest micro-batch that fits depends on, besides the GPU and the network.
+MEMORY_SETTINGS = ("lr_patch", "precision", "activation_checkpointing", "compile")
+
+
+@dataclass
+class State:
+    """What a checkpoint must hold, with the place in the sample stream, for a run to go on as if never stopped.
+
+    `forward` computes `network`: compiled, and with gradients averaged over ranks, as the case may be.
+    """
+
+    network: ShuffleMixer
+    forward: nn.Module
+    ema: ShuffleMixer
+    optimiser: torch.optim.Adam
+    scaler: torch.amp.GradScaler  # does nothing but for fp16
+    iteration: int = 0
+    skipped: int = 0  # steps, for losses or gradients that were not finite
+    skipped_in_row: int = 0
+    micro_batch: int | None = None  # samples that a rank computes at once; None: not decided yet
+
+
+def new_state(config: Config, ranks: Ranks) -> State:
+    """Start a network with weights drawn from the seed."""
+    torch.manual_seed(config.seed)
+    network = ShuffleMixer.from_config(config.network).to(ranks.device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = copy.deepcopy(network).requires_grad_(False)
+    network.activation_checkpointing = config.activation_checkpointing
+    compiled: nn.Module = torch.compile(network) if config.compile else network  # type: ignore[assignment]
+    forward = ranks.wrap(compiled)
+    optimiser = torch.optim.Adam(network.parameters(), lr=config.learning_rate, betas=ADAM_BETAS, fused=True)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
+    return State(network, forward, ema, optimiser, scaler)
+
+
+def to_checkpoint(state: State, place: Mapping[str, int], config: Config, ranks: Ranks) -> dict[str, Any]:
+    """The content of a checkpoint, its weights in BasicSR's layout; `place` is that in the sample stream."""
+
+    def plain(network: ShuffleMixer) -> dict[str, Tensor]:
+        return {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
+
+    return {
+        "params": plain(state.network),
+        "params_ema": plain(state.ema),
+        "network": asdict(config.network),
+        "iteration": state.iteration,
+        "place": dict(place),
+        "optimiser": state.optimiser.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "random": torch.get_rng_state(),
+        "skipped": state.skipped,
+        "skipped_in_row": state.skipped_in_row,
+        "micro_batch": state.micro_batch,
+        "micro_batch_for": _memory_needs(config, ranks),
+        "config": asdict(config),
+    }
+
+
+def from_checkpoint(content: Mapping[str, Any], state: State, config: Config, ranks: Ranks) -> dict[str, int]:
+    """Set a new state to that of a checkpoint, and give the place in the sample stream.
+
+    The learning rate is that of `config`. Raises CheckpointError if the checkpoint is of another network or lacks
+    something.
+    """
+    try:
+        expected = asdict(config.network)
+        if content["network"] != expected:
+            raise ValueError(f"network: expected {expected}, got {content['network']}")
+        state.network.load_state_dict(content["params"])
+        state.ema.load_state_dict(content["params_ema"])
+        state.optimiser.load_state_dict(content["optimiser"])
+        if state.scaler.is_enabled() and content["scaler"]:
+            state.scaler.load_state_dict(content["scaler"])
+        torch.set_rng_state(content["random"])
+        state.iteration = int(content["iteration"])
+        state.skipped, state.skipped_in_row = int(content["skipped"]), int(content["skipped_in_row"])
+        if config.micro_batch == AUTO and content["micro_batch_for"] == _memory_needs(config, ranks):
+            state.micro_batch = min(int(content["micro_batch"]), config.share(ranks.world_size))
+        return {name: int(value) for name, value in content["place"].items()}
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"expected a checkpoint of such a run of train.py; missing or wrong: {error}") from error
+
+
+def _memory_needs(config: Config, ranks: Ranks) -> dict[str, Any]:
+    """What the largest micro-batch that fits depends on."""
+    gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
+    return {"gpu": gpu, "network": asdict(config.network)} | {name: getattr(config, name) for name in MEMORY_SETTINGS}

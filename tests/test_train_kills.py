@@ -1,0 +1,54 @@
+"""Runs that are killed at any moment, and go on: they end as if nothing had happened."""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from trainings import command, finish, last, start
+
+
+def survive(shards: Path, folder: Path, kills: int, iterations: int, seed: int) -> tuple[int, int]:
+    """Kill a run so many times, let it end, compare; gives how often it was killed and went on from a checkpoint."""
+    flags = ["--iterations", iterations, "--checkpoint-every", 5, "--log-every", 10]
+    flags += ["--valid-shards", str(shards), "--validate-every", 20]
+    began = time.monotonic()
+    finish(start(command(shards, folder / "whole", *flags)))
+    whole = time.monotonic() - began
+    chance, killed, resumed = random.Random(seed), 0, 0
+    words = [*command(shards, folder / "killed", *flags), "--resume", "auto"]
+    while killed < kills:
+        process = start(words)
+        # Any moment: while it starts, steps, saves, validates. Later ones more often, so that it gets on.
+        try:
+            said = process.communicate(timeout=whole * chance.uniform(0.1, 0.9))[0]
+            assert process.returncode == 0, said
+            break
+        except Exception:
+            process.kill()
+            killed += 1
+            resumed += "going on from" in process.communicate()[0]
+    finish(start(words))
+    one, other = last(folder / "whole"), last(folder / "killed")
+    assert one["iteration"] == other["iteration"] == iterations
+    for key in ("params", "params_ema"):
+        for name, value in one[key].items():
+            assert torch.equal(value, other[key][name]), f"{key} {name}"
+    logs = [(folder / out / "metrics.jsonl").read_text().count('"psnr_y"') for out in ("whole", "killed")]
+    assert logs[0] == logs[1]
+    assert not list((folder / "killed" / "checkpoints").glob(".*"))
+    return killed, resumed
+
+
+def test_a_killed_run_ends_bit_equal(training_shards: Path, tmp_path: Path) -> None:
+    killed, _ = survive(training_shards, tmp_path, kills=2, iterations=60, seed=1)
+    assert killed > 0
+
+
+@pytest.mark.long
+def test_ten_kills(training_shards: Path, tmp_path: Path) -> None:
+    killed, resumed = survive(training_shards, tmp_path, kills=10, iterations=1500, seed=2)
+    print(f"\n{killed} kills by SIGKILL, {resumed} of them of resumed runs; parameters bit-equal after 1500 iterations")
+    assert killed == 10
+    assert resumed > 3
