@@ -1,0 +1,282 @@
+"""What each part of ShuffleMixer and its FFT loss is worth: a training without each, and a table of the outcomes.
+
+`python examples/ablate.py --shards DIR --valid-shards DIR --scale 2 --iterations N --out OUT` runs train.py once per
+variant, one after another, each from the same seed and on the same samples; flags after `--` go to every run.
+OUT gets `table.md`, `ablation.png` (with matplotlib) and a folder per variant. The same command goes on where it was
+stopped, and trains only what is not complete.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from model.atomic import write_atomically
+from model.curves import can_draw, finish, plot
+from model.shufflemixer import ShuffleMixer, ShuffleMixerConfig
+from model.training import settings
+from model.training.progress import LOG, read_log
+
+TRAINER = Path(__file__).resolve().parent.parent / "train.py"
+KERNEL_SIZES = (3, 5, 7)
+SCORES = ("psnr_y", "ssim_y", "psnr_rgb")
+BICUBIC = "bicubic"
+HEADER = (
+    "| variant | what differs | parameters | GMACs | PSNR-Y | SSIM-Y | PSNR-RGB | PSNR-Y − full | s/step |\n"
+    "|---|---|--:|--:|--:|--:|--:|--:|--:|"
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A network or loss that differs in one thing from the full one, by flags of train.py."""
+
+    name: str
+    differs: str
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a variant's run came to: its PSNR-Y by iteration, and the scores after the last one if it is complete."""
+
+    variant: Variant
+    parameters: int
+    multiply_accumulates: int
+    curve: dict[int, float]
+    scores: dict[str, float] | None
+    bicubic: dict[str, float] | None
+    seconds_per_step: float | None  # the median over the log's intervals
+    failure: str | None
+
+
+def variants(kernel_size: int) -> list[Variant]:
+    """List all variants of a network with that kernel size: one for each claim of the paper, after the full one."""
+    others = [size for size in KERNEL_SIZES if size != kernel_size]
+    return [
+        Variant("full", "nothing"),
+        *(Variant(f"kernel-{k}", f"{k}x{k} depth-wise kernels", ("--kernel-size", str(k))) for k in others),
+        Variant("no-shuffle", "no channel shuffle", ("--no-shuffle",)),
+        Variant("no-split", "point-wise MLPs on all channels, not on half", ("--no-split",)),
+        Variant("no-fused", "no fused 3x3 convolutions", ("--no-fused",)),
+        Variant("no-norm", "no layer norms", ("--no-norm",)),
+        Variant("no-fft", "no FFT loss", ("--fft-weight", "0")),
+    ]
+
+
+def choose(available: Sequence[Variant], names: str | None) -> list[Variant]:
+    """Pick variants by a comma-separated list, all without one; click.BadParameter for a name that there is not."""
+    if names is None:
+        return list(available)
+    wanted = list(dict.fromkeys(names.split(",")))
+    if unknown := [name for name in wanted if name not in {variant.name for variant in available}]:
+        known = ", ".join(variant.name for variant in available)
+        raise click.BadParameter(f"expected some of {known}, got {', '.join(unknown)}", param_hint="'--variants'")
+    return [variant for variant in available if variant.name in wanted]
+
+
+def network_of(flags: Sequence[str]) -> ShuffleMixerConfig:
+    """Give the network that train.py trains with these flags; click.UsageError for flags that it would refuse."""
+
+    @settings.options
+    def build(**options: Any) -> ShuffleMixerConfig:
+        try:
+            return settings.Config(**options).network
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+
+    lenient = {"ignore_unknown_options": True, "allow_extra_args": True}  # flags that are no settings
+    command = click.command("train.py", context_settings=lenient)(build)
+    network: ShuffleMixerConfig = command.main(list(flags), standalone_mode=False)
+    return network
+
+
+def summarise(
+    variant: Variant, network: ShuffleMixer, log: Iterable[dict[str, Any]], iterations: int, failure: str | None = None
+) -> Result:
+    """Read a variant's log, as dictionaries of its lines; scores count only after exactly so many iterations."""
+    entries = list(log)
+    validated = [entry for entry in entries if "psnr_y" in entry]
+    last = validated[-1] if validated and validated[-1]["iteration"] == iterations and not failure else None
+    baseline = next((entry for entry in entries if f"{BICUBIC}_psnr_y" in entry), None)
+    steps = [entry["seconds_per_step"] for entry in entries if "seconds_per_step" in entry]
+    return Result(
+        variant,
+        network.parameter_count(),
+        network.multiply_accumulates(),
+        {entry["iteration"]: entry["psnr_y"] for entry in validated},
+        {name: last[name] for name in SCORES} if last else None,
+        {name: baseline[f"{BICUBIC}_{name}"] for name in SCORES} if baseline else None,
+        statistics.median(steps) if steps else None,
+        failure,
+    )
+
+
+def bicubic_of(results: Sequence[Result]) -> dict[str, float] | None:
+    """Find the scores of bicubic enlargement, which are the same for all."""
+    return next((result.bicubic for result in results if result.bicubic), None)
+
+
+def table(title: str, results: Sequence[Result]) -> str:
+    """Lay out the results as Markdown."""
+    full = next((result.scores for result in results if result.variant.name == "full"), None)
+    rows = []
+    for result in results:
+        scores = ["–"] * 4
+        if result.scores:
+            psnr_y, ssim_y, psnr_rgb = (result.scores[name] for name in SCORES)
+            difference = "–" if full is None else f"{psnr_y - full['psnr_y']:+.3f}"
+            scores = [f"{psnr_y:.3f}", f"{ssim_y:.4f}", f"{psnr_rgb:.3f}", difference]
+        step = "–" if result.seconds_per_step is None else f"{result.seconds_per_step:.4f}"
+        differs = result.variant.differs + (f" ({result.failure})" if result.failure else "")
+        size = [f"{result.parameters:,}", f"{result.multiply_accumulates / 1e9:.2f}"]
+        rows.append("| " + " | ".join([result.variant.name, differs, *size, *scores, step]) + " |")
+    if bicubic := bicubic_of(results):
+        psnr_y, ssim_y, psnr_rgb = (bicubic[name] for name in SCORES)
+        rows.append(f"| {BICUBIC} | no network | – | – | {psnr_y:.3f} | {ssim_y:.4f} | {psnr_rgb:.3f} | – | – |")
+    notes = (
+        "GMACs are for an HR image of 1280 x 720; scores are means over the validation set, of the averaged weights;\n"
+        "s/step is the median of the log's intervals. One seed each: small differences may be chance."
+    )
+    return "\n".join([f"# {title}", "", HEADER, *rows, "", notes, ""])
+
+
+def draw(title: str, results: Sequence[Result]) -> bytes:
+    """Draw PSNR-Y against iterations, a line per variant; give the bytes of a PNG. It takes matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for number, result in enumerate(results):
+        plot(axis, result.curve, result.variant.name, f"C{number}")
+    if bicubic := bicubic_of(results):
+        axis.axhline(bicubic["psnr_y"], color="0.4", linestyle="--", label=BICUBIC)
+    axis.set(title=title, ylabel="PSNR-Y in dB, validation")
+    finish(axis, legend=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+class Runs:
+    """Runs commands one after another; a signal to end goes on to the one that runs, which then saves."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self.child: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.stop)
+
+    def stop(self, *_: object) -> None:
+        """Ask the running command to end, and let none follow."""
+        self.stopped = True
+        if self.child is not None:
+            self.child.send_signal(signal.SIGTERM)
+
+    def __call__(self, command: Sequence[str]) -> int:
+        """Show and run a command; give its exit code."""
+        click.echo(f"\n$ {shlex.join(command)}")
+        self.child = subprocess.Popen(command)
+        if self.stopped:  # a signal came since the caller looked
+            self.stop()
+        code = self.child.wait()
+        self.child = None
+        return code
+
+
+def train_variant(out: Path, flags: Sequence[str], iterations: int, run: Callable[[Sequence[str]], int]) -> str | None:
+    """Train a variant unless it is complete; say what went wrong, if something did."""
+    last = max((entry["iteration"] for entry in read_log(out / LOG)), default=0)
+    if last > iterations:
+        return f"failed: {out} holds {last} iterations already, expected {iterations} at most"
+    finished = out / "finished"
+    if finished.exists() and last == iterations:
+        return None
+    code = run([sys.executable, str(TRAINER), *flags, "--out", str(out), "--resume", "auto"])
+    if code:
+        return f"failed with exit code {code}"
+    return None if finished.exists() else "stopped early"
+
+
+def claim(out: Path, common: Sequence[str]) -> None:
+    """Make `out` a folder for runs with these flags; click.ClickException if it has runs with other ones."""
+    record = out / "flags.json"
+    if record.exists() and (found := json.loads(record.read_text(encoding="utf-8"))) != list(common):
+        text = f"{out}: expected runs with {shlex.join(common)}, got {shlex.join(map(str, found))}; take another --out"
+        raise click.ClickException(text)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(record, (json.dumps(list(common)) + "\n").encode())
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--shards", required=True, help="Dataset to train on.")
+@click.option("--valid-shards", required=True, help="Dataset to validate on.")
+@click.option("--scale", required=True, type=int, help="2, 3 or 4.")
+@click.option("--iterations", required=True, type=click.IntRange(min=1), help="Of each variant.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for it all.")
+@click.option("--variants", "names", help="Comma-separated; all unless given.")
+@click.option("--seed", default=0, help="Of the first weights and of the samples, of each variant.")
+@click.argument("further", nargs=-1, type=click.UNPROCESSED)
+def main(
+    shards: str, valid_shards: str, scale: int, iterations: int, out: Path, names: str | None, seed: int,
+    further: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Train ShuffleMixer without each of its parts in turn; FURTHER flags of train.py follow a `--`."""
+    ours = ["--shards", shards, "--valid-shards", valid_shards, "--scale", str(scale), "--seed", str(seed)]
+    common = [*further, *ours]
+    length = ["--iterations", str(iterations)]
+    network = network_of([*common, *length, "--out", str(out)])
+    chosen = choose(variants(network.kernel_size), names)
+    networks = [
+        ShuffleMixer.from_config(network_of([*common, *length, "--out", str(out), *variant.flags]))
+        for variant in chosen
+    ]
+    claim(out, common)
+    title = f"Ablation at x{scale} after {iterations:,} iterations (seed {seed})"
+    command = f"\nEach: `train.py {shlex.join([*common, *length])}` and the variant's own flags.\n"
+    failures: dict[str, str] = {}
+
+    def report() -> list[Result]:
+        results = [
+            summarise(each, net, read_log(out / each.name / LOG), iterations, failures.get(each.name))
+            for each, net in zip(chosen, networks, strict=True)
+        ]
+        write_atomically(out / "table.md", (table(title, results) + command).encode())
+        return results
+
+    run = Runs()
+    results = report()
+    for variant in chosen:
+        failure = train_variant(out / variant.name, [*common, *length, *variant.flags], iterations, run)
+        if failure:
+            failures[variant.name] = failure
+            click.echo(f"{variant.name}: {failure}", err=True)
+        results = report()  # after each, so that what a long job has found so far can be read
+        if run.stopped:
+            break
+    click.echo("\n" + table(title, results))
+    if can_draw():
+        write_atomically(out / "ablation.png", draw(title, results))
+    else:
+        click.echo("ablation.png needs matplotlib: pip install 'srshards[plots]'", err=True)
+    if run.stopped:
+        raise click.ClickException("stopped; the same command goes on")
+    if failures:
+        raise click.ClickException(f"{len(failures)} of {len(chosen)} variants failed: {', '.join(failures)}")
+
+
+if __name__ == "__main__":
+    main()
