@@ -1,6 +1,8 @@
 """JSON read strictly: each field once and of its exact type, integers only, nothing unknown, errors that tell where."""
 
 import json
+import reprlib
+from collections import Counter
 from typing import Any, NoReturn
 
 import numpy as np
@@ -27,8 +29,8 @@ def load(text: bytes, where: str) -> Any:
     def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) < len(pairs):
-            keys = [key for key, _ in pairs]
-            fail(where, "fields", "each key once", f"{max(keys, key=keys.count)!r} twice")
+            double = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            fail(where, "fields", "each key once", f"{double[:60]!a} twice")
         return fields
 
     try:
@@ -61,7 +63,7 @@ class Fields:
     def done(self) -> None:
         """Fail if there are fields that nobody asked for."""
         if self._left:
-            fail(self.where, "fields", "no others", ", ".join(map(repr, self._left))[:200])
+            fail(self.where, "fields", "no others", ", ".join(ascii(key[:60]) for key in [*self._left][:5]))
 
     def object(self, key: str) -> "Fields":
         """A field that is an object."""
@@ -85,7 +87,9 @@ class Fields:
 
     def text(self, key: str) -> str:
         """A field that is a string."""
-        return str(self.take(key, str))
+        value = str(self.take(key, str))
+        self._need_utf8(key, value)
+        return value
 
     def digest(self, key: str) -> str:
         """A field that is a SHA-256."""
@@ -112,10 +116,7 @@ class Fields:
     def strings(self, key: str, count: int | None = None) -> list[str]:
         """A field that is a list of `count` strings (None: of any number)."""
         values = self._column(key, str, count)
-        try:
-            "".join(values).encode()
-        except UnicodeEncodeError as error:  # half a surrogate pair: JSON can write it, UTF-8 cannot
-            fail(self.where, key, "text that UTF-8 can hold", ascii(error.object[error.start : error.end]))
+        self._need_utf8(key, "".join(values))
         return values
 
     def digests(self, key: str, count: int) -> list[str]:
@@ -125,6 +126,12 @@ class Fields:
             if not is_digest(value):
                 fail(self.where, f"{key}[{i}]", "64 hex digits", _describe(value))
         return values
+
+    def _need_utf8(self, key: str, text: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair: JSON can write it, UTF-8 cannot
+            fail(self.where, key, "text that UTF-8 can hold", ascii(error.object[error.start : error.end]))
 
     def _column(self, key: str, kind: type, count: int | None) -> list[Any]:
         values: list[Any] = self.take(key, list)
@@ -142,8 +149,5 @@ def is_digest(text: str) -> bool:
 
 
 def _describe(value: object) -> str:
-    try:
-        text = ascii(value)
-    except ValueError:  # an integer of thousands of digits
-        text = "a huge number"
+    text = reprlib.repr(value).encode("ascii", "backslashreplace").decode()  # short, whatever it is of
     return f"{type(value).__name__} {text[:60]}"

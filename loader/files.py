@@ -2,20 +2,21 @@
 
 import os
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
-from loader.format import FormatError, Shard
+from loader.format import FormatError, Index
+from loader.index import check_current
 from loader.ranges import Ranges
 from loader.tiles import Pixels
 
 
-def open_shard(folder: Path, shard: Shard) -> int:
-    """A descriptor of a shard's file, once it is known to have the length recorded.
+def open_shard(folder: Path, index: Index, number: int) -> int:
+    """A descriptor of a shard's file, once it is known to have the length recorded, and to be of this index still.
 
     Raises:
-        FormatError: it has not, or cannot be opened.
+        FormatError: it has not, or is not, or cannot be opened.
     """
+    shard = index.shards[number]
     path = folder / shard.file
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -24,14 +25,20 @@ def open_shard(folder: Path, shard: Shard) -> int:
     if (size := os.fstat(descriptor).st_size) != shard.bytes:
         os.close(descriptor)
         raise FormatError(f"{path}: length: expected {shard.bytes} bytes, got {size}")
+    try:
+        # A build removes the old index before it touches the old shards: with the index still there, this is its shard.
+        check_current(folder, index)
+    except FormatError:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
 class Files:
     """The shards' files, each opened when it is first read."""
 
-    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
-        self._folder, self._shards = folder, shards
+    def __init__(self, folder: Path, index: Index) -> None:
+        self._folder, self._index = folder, index
         self._descriptors: dict[int, int] = {}
         self._opening = threading.Lock()
 
@@ -45,7 +52,7 @@ class Files:
         """An open descriptor of a shard."""
         with self._opening:
             if shard not in self._descriptors:
-                self._descriptors[shard] = open_shard(self._folder, self._shards[shard])
+                self._descriptors[shard] = open_shard(self._folder, self._index, shard)
             return self._descriptors[shard]
 
     def read(self, shard: int, start: int, out: Pixels) -> None:
@@ -63,7 +70,7 @@ class Files:
             else:
                 reason = f"its end at {start + done}"
             if not got:
-                path = self._folder / self._shards[shard].file
+                path = self._folder / self._index.shards[shard].file
                 raise FormatError(f"{path}: expected bytes {start} to {start + len(view)}, got {reason}")
             done += got
 

@@ -21,6 +21,7 @@ BORDERS = ("symmetric", "replicate")
 HR = 1  # the scale of the HR plane
 CHANNELS = 3
 PAGE = 4096  # every run of tiles starts on a page
+MAX_NAME = 1024  # characters of an image's name; no file system has such long ones
 MAX_SIDE = 1 << 20  # pixels; keeps every product below 2**63
 TILES = (16, 1024)  # smallest and largest tile; tiles are multiples of 16
 
@@ -30,7 +31,10 @@ class ShardsError(Exception):
 
 
 class FormatError(ShardsError):
-    """A dataset that does not keep to the format."""
+    """A dataset that does not keep to the format, told in one line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 class Strings(Sequence[str]):
@@ -141,6 +145,16 @@ def shard_file(number: int, container: str) -> str:
     return f"shard-{number:05d}{CONTAINERS[container]}"
 
 
+def is_source_name(name: str) -> bool:
+    """Whether a string can name a source: a path within a folder, that does not lead out of it."""
+    return name != "" and name[0] != "/" and "\0" not in name and (".." not in name or ".." not in name.split("/"))
+
+
 def is_image_name(name: str) -> bool:
     """Whether a string can name an image: it is a file's stem, and a link in an HDF5 group."""
-    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name and len(name) <= MAX_NAME
+
+
+def one_line(text: str) -> str:
+    """A text with what would break its line, or cannot be printed, as escapes: names of files may hold any bytes."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

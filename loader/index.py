@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Iterator
 from itertools import pairwise
@@ -14,6 +15,9 @@ from loader import format as fmt
 from loader.fields import Fields, fail, load
 from loader.format import FormatError, Index, LrOrigin, Plane, Shard, Strings
 
+INDEX_ROOM = 16 << 20  # bytes that an index may have in any case,
+INDEX_SHARE = 8  # and this part of its shards' bytes beyond
+
 
 def read_index(folder: Path) -> Index:
     """Read, check and compare with the files beside it the index of a dataset.
@@ -21,17 +25,47 @@ def read_index(folder: Path) -> Index:
     Raises:
         FormatError: naming the file, the record, what was expected and what was got.
     """
+    index = read_index_alone(folder)
+    for shard in index.shards:
+        check_file(folder, shard)
+    return index
+
+
+def read_index_alone(folder: Path) -> Index:
+    """The index of a dataset, read and checked as far as it goes without the shards' files.
+
+    Raises:
+        FormatError: as `read_index`.
+    """
     path = folder / fmt.INDEX
     try:
-        text = path.read_bytes()
+        length = _length(path)
+        if length > INDEX_ROOM and length > (most := _longest(folder)):
+            fail(str(path), "length", f"at most {most} bytes, as the shards beside it are", f"{length} bytes")
+        with path.open("rb") as file:
+            text = file.read(length + 1)  # no more, should it grow
     except (FileNotFoundError, NotADirectoryError):
         raise FormatError(f"{folder}: expected a dataset, a folder with {fmt.INDEX}, got none there") from None
     except OSError as error:
         raise FormatError(f"{path}: expected a readable file, got {error.strerror}") from None
-    index = parse_index(text, str(path))
-    for shard in index.shards:
-        _check_file(folder, shard)
-    return index
+    return parse_index(text, str(path))
+
+
+def check_current(folder: Path, index: Index) -> None:
+    """Hold that the index of a dataset is still the one that was read.
+
+    Raises:
+        FormatError: it is gone, or another.
+    """
+    wanted = _last_lines(index.sha256)
+    try:
+        with (folder / fmt.INDEX).open("rb", buffering=0) as file:
+            file.seek(-len(wanted), os.SEEK_END)
+            if file.read() == wanted:
+                return
+    except OSError as error:
+        raise FormatError(f"{folder}: expected the dataset opened before, got {error.strerror}") from None
+    raise FormatError(f"{folder}: expected the dataset opened before, got one built since")
 
 
 def parse_index(text: bytes, where: str) -> Index:
@@ -99,7 +133,11 @@ def dump_index(index: Index) -> bytes:
 
 
 def _digest_line(body: bytes) -> bytes:
-    return f'"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+    return _last_lines(hashlib.sha256(body).hexdigest())
+
+
+def _last_lines(digest: str) -> bytes:
+    return f'"sha256": "{digest}"\n}}\n'.encode()
 
 
 def _plane_json(plane: Plane) -> dict[str, Any]:
@@ -119,17 +157,40 @@ def _check_version(text: bytes, where: str) -> None:
         fail(where, "version", f"{fmt.VERSION}, the one that this srshards reads", ascii(version))
 
 
-def _check_file(folder: Path, shard: Shard) -> None:
-    """The shard is there, of the length recorded, and no link that leads out of the folder."""
+def check_file(folder: Path, shard: Shard) -> None:
+    """Hold that a shard is there, of the length recorded, and no link that leads out of the folder.
+
+    Raises:
+        FormatError: it is not.
+    """
     path = folder / shard.file
     try:
-        if path.is_symlink() and path.resolve(strict=True).parent != folder.resolve():
-            fail(str(path), "file", "a file in this folder", f"a link to {path.readlink()}")
-        found = path.stat()
+        length = _length(path)
     except OSError as error:
         raise FormatError(f"{path}: expected a file of {shard.bytes} bytes, got {error.strerror}") from None
-    if not stat.S_ISREG(found.st_mode) or found.st_size != shard.bytes:
-        fail(str(path), "length", f"a file of {shard.bytes} bytes", f"{found.st_size} bytes")
+    if length != shard.bytes:
+        fail(str(path), "length", f"a file of {shard.bytes} bytes", f"{length} bytes")
+
+
+def _length(path: Path) -> int:
+    """The length of what is a regular file, and no link that leads out of its folder."""
+    found = path.stat()  # an OSError where a link leads nowhere, or to itself
+    if path.is_symlink() and path.resolve(strict=True).parent != path.parent.resolve():
+        fail(str(path), "file", "a file in this folder", f"a link to {path.readlink()}")
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        fail(str(path), "file", "a regular file", kind)
+    return found.st_size
+
+
+def _longest(folder: Path) -> int:
+    """Bytes that an index may have: what it says of an image is far less than the image's own runs, which fill pages.
+
+    Parsing takes up to 45 times as much memory; what came from elsewhere shall not take it all.
+    """
+    with os.scandir(folder) as entries:
+        shards = [entry for entry in entries if entry.name.startswith("shard-") and entry.is_file()]
+        return INDEX_ROOM + sum(entry.stat().st_size for entry in shards) // INDEX_SHARE
 
 
 def _lr_origin(fields: Fields) -> LrOrigin:
@@ -159,12 +220,12 @@ def _shards(records: list[Fields], container: str) -> Iterator[Shard]:
 def _check_names(names: list[str], where: str) -> None:
     if not names:
         fail(where, "name", "at least one image", "none")
-    if len(set(names)) < len(names):
-        ordered = sorted(names)
-        fail(where, "name", "each name once", f"{next(a for a, b in pairwise(ordered) if a == b)!r} twice")
     for i, name in enumerate(names):
         if not fmt.is_image_name(name):
             fail(where, f"name[{i}]", "the stem of a file's name", ascii(name[:80]))
+    if len(set(names)) < len(names):
+        ordered = sorted(names)
+        fail(where, "name", "each name once", f"{next(a for a, b in pairwise(ordered) if a == b)!r} twice")
 
 
 def _plane(fields: Fields, count: int, has_source: bool) -> Plane:
@@ -175,7 +236,10 @@ def _plane(fields: Fields, count: int, has_source: bool) -> Plane:
     crc32 = fields.integers("crc32", count, 0, 0xFFFFFFFF)
     source = source_sha256 = None
     if has_source:
-        source = Strings(fields.strings("source", count))
+        names = fields.strings("source", count)
+        if (i := next((i for i, name in enumerate(names) if not fmt.is_source_name(name)), None)) is not None:
+            fail(fields.where, f"source[{i}]", "a path within the folder of sources", ascii(names[i][:80]))
+        source = Strings(names)
         source_sha256 = Strings(fields.digests("source_sha256", count))
     fields.done()
     return Plane(tile, offset, crc32, source, source_sha256)

@@ -20,7 +20,7 @@ class MappedReader:
         self.sides = (planes[0].side, planes[1].side)
         self._shards, self._planes = shards, planes
         self._limit, self._network = advice_limit(shards.folder), is_network(shards.folder)
-        self._files = Files(shards.folder, shards.index.shards) if drop_pages else None
+        self._files = Files(shards.folder, shards.index) if drop_pages else None
 
     def ask(self, crops: Crops) -> "MappedTicket":
         """See Reader."""

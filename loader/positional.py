@@ -25,7 +25,7 @@ class PositionalReader:
     def __init__(self, shards: Shards, planes: tuple[Plane, Plane], drop_pages: bool) -> None:
         self.asked = Asked()
         self.sides = (planes[0].side, planes[1].side)
-        self._planes, self._files = planes, Files(shards.folder, shards.index.shards)
+        self._planes, self._files = planes, Files(shards.folder, shards.index)
         self._drop = drop_pages
         self._pool = ThreadPoolExecutor(READ_THREADS, "srshards-read")
 

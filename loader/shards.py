@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loader.files import Files, open_shard
-from loader.format import CHANNELS, FormatError, Shard, ShardsError, plane_name
+from loader.format import CHANNELS, FormatError, Index, ShardsError, plane_name
 from loader.index import read_index
 from loader.storage import StorageWatch
 from loader.tiles import Ints, Pixels, gather_crops, kernel
@@ -66,7 +66,7 @@ class Shards:
         height, width = (int(sizes[image]) for sizes in self.index.sizes(scale))
         cols = -(-width // plane.tile)
         memory = np.empty(int(self.index.run_lengths(scale)[image]), np.uint8)
-        with Files(self.folder, self.index.shards) as files:
+        with Files(self.folder, self.index) as files:
             files.read(shard, int(plane.offset[image]), memory)
         whole = memory.reshape(-1, cols, plane.tile, plane.tile, CHANNELS).swapaxes(1, 2)
         whole = whole.reshape(-1, cols * plane.tile, CHANNELS)  # a copy, row by row
@@ -124,7 +124,7 @@ class Shards:
     def _map(self, number: int) -> Pixels:
         """A shard's bytes. Threads may map it twice at once: the first map is kept, the other never used."""
         if number not in self._maps:
-            mapped = _map_file(self.folder, self.index.shards[number])
+            mapped = _map_file(self.folder, self.index, number)
             self._maps.setdefault(number, mapped)
             self._address[number] = self._maps[number].ctypes.data
         return self._maps[number]
@@ -133,8 +133,9 @@ class Shards:
 _libc = ctypes.CDLL(None)
 
 
-def _map_file(folder: Path, shard: Shard) -> NDArray[np.uint8]:
-    descriptor = open_shard(folder, shard)
+def _map_file(folder: Path, index: Index, number: int) -> NDArray[np.uint8]:
+    shard = index.shards[number]
+    descriptor = open_shard(folder, index, number)
     try:
         mapped = mmap.mmap(descriptor, shard.bytes, access=mmap.ACCESS_READ)
     except OSError as error:

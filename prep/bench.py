@@ -117,8 +117,8 @@ def forget(shards: Shards) -> float | None:
     """Ask the system to drop the shards' pages; the share of some pages that are gone, None where it does not tell."""
     rng = np.random.default_rng(0)
     gone: list[bool] = []
-    for shard in shards.index.shards:
-        descriptor = open_shard(shards.folder, shard)
+    for number, shard in enumerate(shards.index.shards):
+        descriptor = open_shard(shards.folder, shards.index, number)
         try:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             for offset in rng.integers(0, shard.bytes, 8):
@@ -234,7 +234,7 @@ def _places(folder: Path, index: Index, size: int, seed: int = 0) -> Generator[t
         while True:
             number = int(rng.choice(len(lengths), p=lengths / lengths.sum()))
             if number not in descriptors:
-                descriptors[number] = open_shard(folder, index.shards[number])
+                descriptors[number] = open_shard(folder, index, number)
             pages = max(int(lengths[number]) - size, 0) // PAGE + 1
             yield descriptors[number], int(rng.integers(pages)) * PAGE
     finally:

@@ -1,27 +1,33 @@
-"""Images → shards: which image goes where, known before any is read; then shards, built apart; the index last.
+"""Images → shards → index: which image goes where, known before any is read; then shards, built apart; the index last.
 
-Which bytes a shard holds follows from the sources and the recipe alone, not from the workers or their order.
+Which bytes a shard holds follows from the sources and the recipe alone, not from the workers or their order. So a build
+that was stopped goes on from the shards in its journal, and ends as if there had been no stop.
 """
 
-import json
-import os
-import re
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import TypeVar
 
 from loader import format as fmt
-from loader.format import HR, Index, LrOrigin, Plane, ShardsError, Strings
-from loader.index import dump_index
-from prep import __version__
-from prep.images import ImageFile, check_sizes, pair_lr
+from loader.format import Index, ShardsError, one_line
+from loader.index import read_index
+from prep.assemble import commit, make_index
+from prep.images import HEADER_THREADS, ImageError, ImageFile, check_sizes, pair_lr, read_size
+from prep.journal import BUILD, SHARD, Journal, clean, discard, holds, leftovers, read_skipped, read_terms
+from prep.lock import LOCK, locked
+from prep.memory import fitting_workers
 from prep.pool import build_shards
-from prep.shard import PART, Recipe, ShardPlan, ShardRecord, Source
+from prep.shard import Bad, Recipe, ShardPlan, ShardRecord, Source
+from prep.space import Sizes, need_space
+from prep.terms import MADE_BY, Terms, differences, terms_of, terms_of_index
 
-SHARD_NAME = re.compile(r"shard-\d{5,}\.(h5|raw)")
-SKIPPED = "skipped.json"
+Report = Callable[[int], None]
+Note = Callable[[str], None]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def images_per_shard(count: int) -> int:
@@ -57,113 +63,224 @@ def plan_shards(images: Sequence[ImageFile], recipe: Recipe, folder: Path, lr: P
 
 @dataclass(frozen=True)
 class Summary:
-    """What a build made: its index, the bytes of its shards, and the images it had to leave out, with reasons."""
+    """A complete dataset: its index, the bytes of its shards, the images that had to be left out.
+
+    `checked`: it was there already, and was not built but checked.
+    """
 
     index: Index
     bytes: int
-    bad: list[str]
+    bad: list[Bad]
+    checked: bool = False
 
 
 def build_dataset(
-    plans: Sequence[ShardPlan], workers: int, *, skip_bad: bool, overwrite: bool, report: Callable[[int], None]
+    plans: Sequence[ShardPlan],
+    workers: int,
+    *,
+    skip_bad: bool,
+    overwrite: bool,
+    report: Report,
+    note: Note = lambda text: None,
 ) -> Summary:
-    """Build the shards of a plan and make a dataset of them.
+    """Build the shards of a plan and make a dataset of them, or go on with that; check it if it is there already.
 
     Args:
         plans: as `plan_shards` gives them.
-        workers: processes that build shards.
+        workers: processes that build shards; fewer where memory is short.
         skip_bad: leave out images that cannot be used (and write which, and why, to skipped.json).
-        overwrite: replace a dataset that the folder already holds, once the new one is complete.
+        overwrite: replace whatever dataset the folder holds, once the new one is complete; and other beginnings.
         report: is told now and then how many images are done.
+        note: is told, in words, what a user may want to know on the way.
 
     Raises:
-        ShardsError: the folder holds a dataset, images cannot be used, or the folder cannot be written. A build that
-            fails leaves nothing behind, and an earlier dataset as it was.
+        ShardsError: the folder holds something else, or another build is at work there; images cannot be used; space or
+            memory is short; the folder cannot be written. An earlier dataset is as it was, finished shards are kept
+            for the next build of the plan; if there are none, nothing is left behind.
     """
-    folder, recipe = plans[0].folder, plans[0].recipe
-    if (folder / fmt.INDEX).exists() and not overwrite:
-        raise ShardsError(f"{folder}: expected a folder without a dataset, got {fmt.INDEX}; --overwrite replaces it")
-    new = not folder.exists()
+    folder, terms = plans[0].folder, terms_of(plans)
+    journal = Journal(folder, terms)
+
+    def stands() -> bool:
+        return not overwrite and (folder / fmt.INDEX).exists()
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        discard_parts(folder)
-        try:
-            records = build_shards(plans, workers, skip_bad, report)
-            bad = [reason for record in records for reason in record.bad]
-            if bad and not skip_bad:
-                raise ShardsError("\n  ".join(["expected usable images, got these (--on-error skip goes on):", *bad]))
-            index = make_index(recipe, records)
-            commit(folder, index, bad)
-        except BaseException:
-            discard_parts(folder)
-            if new:
-                folder.rmdir()
-            raise
+        if stands() and not leftovers(folder) and not (folder / LOCK).exists():
+            return check_dataset(plans, workers, skip_bad, report, note)  # needs no right to write
+        with _made(folder), locked(folder, note):
+            if read_terms(folder) != terms:
+                if stands():
+                    if (folder / BUILD).exists():
+                        note(f"{folder}: beside the dataset there is an unfinished build of another")
+                    else:
+                        clean(folder)
+                    return check_dataset(plans, workers, skip_bad, report, note)
+                _refuse_another(folder, terms, overwrite)
+                discard(folder)
+            return _go_on(journal, plans, workers, skip_bad, report, note)
     except OSError as error:
-        raise ShardsError(f"{error.filename or folder}: could not be written: {error.strerror or error}") from None
-    return Summary(index, sum(shard.bytes for shard in index.shards), bad)
+        raise ShardsError(_unwritable(folder, error)) from None
 
 
-def make_index(recipe: Recipe, records: Sequence[ShardRecord]) -> Index:
-    """The index of a dataset from the records of its shards, in order."""
-    built = [record for record in records if record.shard]
-    images = [image for record in built for image in record.images]
-    if not images:
-        raise ShardsError("expected at least one usable image, got none")
-    origin = LrOrigin("given") if recipe.given_lr else LrOrigin("imresize", recipe.resize, recipe.border)
-    planes = {}
-    for scale in (HR, *recipe.scales):
-        runs = [image.runs[scale] for image in images]
-        named = [(run.source, run.source_sha256) for run in runs if run.source and run.source_sha256]
-        planes[scale] = Plane(
-            tile=fmt.plane_tile(recipe.tile, scale),
-            offset=np.array([run.offset for run in runs], np.int64),
-            crc32=np.array([run.crc32 for run in runs], np.int64),
-            source=Strings([name for name, _ in named]) if named else None,
-            source_sha256=Strings([digest for _, digest in named]) if named else None,
-        )
-    return Index(
-        container=recipe.container,
-        made_by=f"srshards {__version__}",
-        lr=origin,
-        shards=tuple(record.shard for record in built if record.shard),
-        name=Strings([image.name for image in images]),
-        shard=np.repeat(np.arange(len(built)), [len(record.images) for record in built]),
-        height=np.array([image.height for image in images], np.int64),
-        width=np.array([image.width for image in images], np.int64),
-        planes=planes,
-    )
+def check_dataset(plans: Sequence[ShardPlan], workers: int, skip_bad: bool, report: Report, note: Note) -> Summary:
+    """Hold that the dataset in the folder of a plan is what the plan makes, and that its shards are unharmed.
 
+    The pixels of the sources are not looked at, their names are.
 
-def commit(folder: Path, index: Index, bad: Sequence[str]) -> None:
-    """Turn finished parts into a dataset: shards take their names, then the index appears, by rename.
-
-    What an earlier dataset left in the folder is removed first, its index before its shards: at no moment does an
-    index stand beside shards that are not its own.
+    Raises:
+        ShardsError: it is not; listing in what it differs, or which shards are damaged.
     """
-    part = folder / (fmt.INDEX + PART)
-    with part.open("wb") as file:
-        file.write(dump_index(index))
-        file.flush()
-        os.fsync(file.fileno())
-    (folder / fmt.INDEX).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if SHARD_NAME.fullmatch(path.name) or path.name == SKIPPED:
-            path.unlink()
-    if bad:
-        (folder / SKIPPED).write_text(json.dumps(bad, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for shard in index.shards:
-        (folder / (shard.file + PART)).rename(folder / shard.file)
-    part.rename(folder / fmt.INDEX)
-    descriptor = os.open(folder, os.O_RDONLY)
+    folder, terms = plans[0].folder, terms_of(plans)
+    index = read_index(folder)
+    skipped = read_skipped(folder) if skip_bad else []
+    if lines := differences(terms, terms_of_index(index, skipped, plans), versions=False):
+        head = f"{folder}: expected the dataset that this command makes, got another (--overwrite replaces it):"
+        raise ShardsError("\n  ".join([head, *lines]))
+    damaged, done = [], 0
+    unharmed = _in_threads(lambda shard: holds(folder / shard.file, shard), index.shards, workers)
+    for i, whole in enumerate(unharmed):
+        damaged += [] if whole else [f"{folder / index.shards[i].file}: other bytes than the index records"]
+        done += int((index.shard == i).sum())
+        report(done)
+    if damaged:
+        head = f"{folder}: expected unharmed shards, got these damaged (prep verify --repair, or --overwrite):"
+        raise ShardsError("\n  ".join([head, *damaged]))
+    if index.made_by != MADE_BY:
+        note(f"{folder}: made by {index.made_by}; this is {MADE_BY}")
+    return Summary(index, sum(shard.bytes for shard in index.shards), skipped, checked=True)
+
+
+def _refuse_another(folder: Path, terms: Terms, overwrite: bool) -> None:
+    """Hold that no work of others is in the way of a new build."""
+    if overwrite:
+        return
+    if (folder / BUILD).exists():
+        found = read_terms(folder)
+        lines = differences(terms, found, versions=True) if found else [f"{BUILD}: damaged"]
+        head = f"{folder}: expected an unfinished build by this command, got another's (--overwrite starts anew):"
+        raise ShardsError("\n  ".join([head, *lines]))
+    if shards := [path.name for path in folder.iterdir() if SHARD.fullmatch(path.name)]:
+        got = f"{min(shards)} without {fmt.INDEX}"
+        raise ShardsError(f"{folder}: expected a folder without shards, got {got} (--overwrite replaces what is there)")
+
+
+def _go_on(
+    journal: Journal, plans: Sequence[ShardPlan], workers: int, skip_bad: bool, report: Report, note: Note
+) -> Summary:
+    """Build what the journal does not know yet, and make a dataset of it all."""
+    folder, recipe = journal.folder, plans[0].recipe
+    records: dict[str, ShardRecord] = {}  # by the shard's file
+    bad: list[Bad] = []
+
+    def done() -> int:
+        return sum(len(plan.sources) for plan in plans if plan.file in records)
+
+    def finished(plan: ShardPlan, record: ShardRecord) -> None:
+        if record.bad and not skip_bad:
+            bad.extend(record.bad)
+        elif record.covers(plan):  # it was not stopped
+            journal.keep(plan, record)
+            records[plan.file] = record
+
+    for plan, record in zip(plans, _in_threads(journal.find, plans, workers), strict=True):
+        if record and (skip_bad or not record.bad):
+            records[plan.file] = record
+            report(done())
+    with _resumable(folder, records, len(plans), note):
+        clean(folder, records)
+        journal.begin()
+        rest = [plan for plan in plans if plan.file not in records]
+        if records:
+            note(f"{folder}: {len(records)} of {len(plans)} shards were finished before, and are unharmed")
+        if rest:
+            workers = _affordable(rest, workers, note)
+            before = done()
+            build_shards(rest, workers, skip_bad, lambda more: report(before + more), finished)
+        if bad:
+            head = "expected usable images, got these (--on-error skip goes on):"
+            raise ShardsError("\n  ".join([head, *describe_bad(plans, sorted(bad, key=lambda entry: entry.image))]))
+        made = [records[plan.file] for plan in plans]
+        index, left_out = make_index(recipe, made), [entry for record in made for entry in record.bad]
+        commit(folder, index, left_out)
+        discard(folder)
+    return Summary(index, sum(shard.bytes for shard in index.shards), left_out)
+
+
+@contextlib.contextmanager
+def _resumable(folder: Path, records: Mapping[str, ShardRecord], count: int, note: Note) -> Iterator[None]:
+    """Whatever ends the build before its time: the shards with records stay, if there are some, and nothing else."""
     try:
-        os.fsync(descriptor)
+        yield
+    except BaseException as error:
+        if not any(record.shard for record in records.values()):
+            with contextlib.suppress(OSError):
+                discard(folder)
+            raise
+        with contextlib.suppress(OSError):
+            clean(folder, records)
+        state = f"{len(records)} of {count} shards are finished; the same command goes on from there"
+        if isinstance(error, OSError | ShardsError):
+            text = _unwritable(folder, error) if isinstance(error, OSError) else str(error)
+            raise ShardsError(f"{text}\n{state}") from None
+        note(state)
+        raise
+
+
+def _affordable(plans: Sequence[ShardPlan], workers: int, note: Note) -> int:
+    """How many workers there is memory for, once it is known that there is room for the shards.
+
+    Raises:
+        ShardsError: there is no room, or no memory for one worker.
+    """
+    sizes = list(_in_threads(_sizes, plans, HEADER_THREADS))
+    need_space(plans[0].folder, sizes, plans[0].recipe)
+    largest = max((height * width for shard in sizes for height, width in shard), default=0)
+    wanted = min(workers, len(plans))
+    fitting = fitting_workers(wanted, largest, plans[0].recipe)
+    if fitting < wanted:
+        note(f"memory for {fitting} of {wanted} workers: the largest image has {largest / 1e6:.1f} megapixels")
+    return fitting
+
+
+def describe_bad(plans: Sequence[ShardPlan], bad: Sequence[Bad]) -> list[str]:
+    """A line for each image that could not be used, with the path of the file."""
+    paths = {
+        (source.image.stem, file.name): file.path for plan in plans for source in plan.sources for file in source.files
+    }
+    return [one_line(f"{paths.get((entry.image, entry.source), entry.source)}: {entry.reason}") for entry in bad]
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """A folder that is there; and, if it was not before, is not afterwards if nothing is in it."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
     finally:
-        os.close(descriptor)
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
-def discard_parts(folder: Path) -> None:
-    """Remove the temporary files of a build that did not end."""
-    for path in folder.glob(f"*{PART}"):
-        if path.name == fmt.INDEX + PART or SHARD_NAME.fullmatch(path.name.removesuffix(PART)):
-            path.unlink()
+def _sizes(plan: ShardPlan) -> Sizes:
+    """The sizes of a shard's images; not of those whose headers cannot be read: they will not be stored."""
+    sizes = []
+    for source in plan.sources:
+        with contextlib.suppress(ImageError):
+            sizes.append(read_size(source.image.path, plan.recipe.max_pixels))
+    return sizes
+
+
+def _in_threads(function: Callable[[Item], Result], items: Sequence[Item], threads: int) -> Iterator[Result]:
+    """The results, in order, of a function that waits for storage. An error or interrupt leaves the rest."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for future in [pool.submit(function, item) for item in items]:
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    return f"{error.filename or folder}: could not be written: {error.strerror or error}"

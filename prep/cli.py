@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,6 +14,7 @@ import click
 
 from loader.format import BORDERS, CONTAINERS, RESIZES, SCALES, ShardsError
 from prep import __version__
+from prep.verify_cli import verify
 
 DEFAULT_SOURCE = Path("datasets/DIV2K/DIV2K_train_HR")
 WITH_SKIPS = 3  # exit code of a build that left images out
@@ -35,6 +37,8 @@ def main() -> None:
     """Turn folders of images into shards for super-resolution training."""
     # Parallel work is by processes; a thread pool in each of them, too, would only get in the way.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # OpenCV's own limit, which it reads once, gives way to --max-pixels.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 40))
 
 
 @main.command("build-shards")
@@ -56,8 +60,9 @@ def main() -> None:
 )
 @click.option("--border", type=click.Choice(BORDERS), default=BORDERS[0], help="Of MATLAB since R2015b, or before.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
+@click.option("--max-pixels", type=click.IntRange(min=1), default=1 << 28, help="An image of more is bad.")
 @click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", help="What to do about a bad image.")
-@click.option("--overwrite", is_flag=True, help="Replace the dataset in the folder.")
+@click.option("--overwrite", is_flag=True, help="Replace what is in the folder, once the new dataset is complete.")
 @click.option("--sample", is_flag=True, help="Take the photographs that scikit-image carries.")
 def build_shards(
     sources: tuple[Path, ...],
@@ -70,6 +75,7 @@ def build_shards(
     resize: str,
     border: Any,
     workers: int | None,
+    max_pixels: int,
     on_error: str,
     overwrite: bool,
     sample: bool,
@@ -77,7 +83,8 @@ def build_shards(
     """Build a dataset of shards from images.
 
     SOURCE: folders (with all folders in them) or image files; without any, datasets/DIV2K/DIV2K_train_HR. HR is
-    stored beside LR of each --scale.
+    stored beside LR of each --scale. The same command again goes on with a build that was stopped, and checks a dataset
+    that is complete.
     """
     if wrong := sorted(set(scales) - set(SCALES)):
         raise click.UsageError(f"--scale: expected some of {', '.join(map(str, SCALES))}, got {wrong[0]}")
@@ -85,7 +92,7 @@ def build_shards(
         raise click.UsageError("--sample takes neither sources nor --lr")
     if len(sources) > 1 and out is None:
         raise click.UsageError("--out is required with several sources")
-    from prep.build import build_dataset, plan_shards
+    from prep.build import build_dataset, describe_bad, plan_shards
     from prep.build import images_per_shard as default_count
     from prep.images import find_images
     from prep.progress import Progress
@@ -103,21 +110,29 @@ def build_shards(
         resize,
         border,
         lr is not None,
+        max_pixels,
     )
     plans = plan_shards(images, recipe, folder, lr)
     signal.signal(signal.SIGTERM, _interrupt)
     with Progress(len(images), "image") as progress:
         summary = build_dataset(
-            plans, workers or _cores(), skip_bad=on_error == "skip", overwrite=overwrite, report=progress
+            plans,
+            workers or _cores(),
+            skip_bad=on_error == "skip",
+            overwrite=overwrite,
+            report=progress,
+            note=partial(click.echo, err=True),
         )
     seconds = time.monotonic() - start
     count = len(summary.index.name)
     click.echo(
-        f"{folder}: {count} images in {len(summary.index.shards)} shards, {summary.bytes / 1e6:.1f} MB, "
-        f"{seconds:.1f} s, {count / seconds:.1f} images/s"
+        f"{folder}: {'complete already, and unharmed: ' * summary.checked}{count} images in "
+        f"{len(summary.index.shards)} shards, {summary.bytes / 1e6:.1f} MB, {seconds:.1f} s, "
+        f"{count / seconds:.1f} images/s"
     )
     if summary.bad:
-        click.echo("\n  ".join([f"left out {len(summary.bad)}, also listed in skipped.json:", *summary.bad]), err=True)
+        lines = describe_bad(plans, summary.bad)
+        click.echo("\n  ".join([f"left out {len(lines)}, also listed in skipped.json:", *lines]), err=True)
         sys.exit(WITH_SKIPS)
 
 
@@ -167,6 +182,9 @@ def bench(
         click.echo("\n".join(report_lines(report, need, folder)))
 
 
+main.add_command(verify)
+
+
 def _sources(sources: tuple[Path, ...], sample: bool) -> list[Path]:
     if sample:
         from prep.sample import sample_photographs
@@ -185,7 +203,7 @@ def _cores() -> int:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End on SIGTERM as on Ctrl-C: workers are stopped and temporary files removed."""
+    """End on SIGTERM as on Ctrl-C: workers are stopped, and half shards removed."""
     raise KeyboardInterrupt
 
 

@@ -8,28 +8,34 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from loader.format import ShardsError, is_image_name
+from loader.format import ShardsError, is_image_name, one_line
+from prep.png import metadata_behind_pixels
 
 Pixels = NDArray[np.uint8]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("PNG", "JPEG", "MPO", "BMP", "TIFF", "WEBP")  # as Pillow calls them; MPO is a camera's JPEG
-MAX_PIXELS = 1 << 28  # a quarter of a gigapixel; decoded and shrunk it takes about 2 GB
+MAX_PIXELS = 1 << 28  # by default: a quarter of a gigapixel
 ORIENTATION = 0x0112  # the EXIF tag
 HEADER_THREADS = 16  # headers are small reads: on network storage they take the time of a round trip each
 
-Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is the limit here
+Image.MAX_IMAGE_PIXELS = None  # the limit is ours
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong with a file, its ImageError tells
 warnings.filterwarnings("ignore", module="PIL")  # about metadata: what matters of it is checked here
 
 
 class ImageError(ShardsError):
-    """An image file that cannot be used, and why."""
+    """An image file that cannot be used, and why, in one line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ class ImageFile:
 def find_images(sources: Sequence[Path]) -> list[ImageFile]:
     """All image files in folders (and the folders within) and among files, sorted by stem.
 
-    Hidden files and files with other suffixes are passed over in folders; a file named outright must be an image.
+    Hidden files, files with other suffixes, and pipes and the like are passed over in folders; a file named outright
+    must be an image.
 
     Raises:
         ShardsError: a source does not exist or holds no image, or images share a stem (all such are listed).
@@ -112,12 +119,12 @@ def lr_fits(hr: tuple[int, int], lr: tuple[int, int], scale: int) -> bool:
     return all(small in (big // scale, -(-big // scale)) for big, small in zip(hr, lr, strict=True))
 
 
-def read_size(path: Path) -> tuple[int, int]:
+def read_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Height and width of an image as `read_image` gives it, from the file's header alone."""
     try:
         with path.open("rb") as file:
-            height, width, turn = _header(Image.open(file), str(path))
-    except (OSError, UnidentifiedImageError) as error:
+            height, width, turn = _header(file, str(path), max_pixels)
+    except OSError as error:
         raise ImageError(f"{path}: {_why(error)}") from None
     return (width, height) if turn >= 5 else (height, width)
 
@@ -130,7 +137,7 @@ def read_image(path: Path) -> Pixels:
         raise ImageError(f"{path}: {_why(error)}") from None
 
 
-def decode(data: bytes, where: str) -> Pixels:
+def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Decode the bytes of a PNG, JPEG, BMP, TIFF or WebP file to uint8 RGB (H, W, 3).
 
     Grey and palette images become RGB, an EXIF orientation is applied, a fully opaque alpha channel is dropped.
@@ -138,14 +145,16 @@ def decode(data: bytes, where: str) -> Pixels:
 
     Raises:
         ImageError: the file is damaged, or more than 8 bits deep, transparent, CMYK, animated, of several pages,
-            larger than MAX_PIXELS, or of another kind: what 8-bit RGB cannot hold faithfully.
+            larger than `max_pixels`, or of another kind: what 8-bit RGB cannot hold faithfully.
     """
-    try:
-        height, width, turn = _header(Image.open(io.BytesIO(data)), where)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{where}: {_why(error)}") from None
+    height, width, turn = _header(io.BytesIO(data), where, max_pixels, whole=True)
     # Pillow reads headers of all kinds reliably, OpenCV keeps the depth of pixels and refuses cut files.
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise ImageError(
+            f"{where}: expected an image that OpenCV reads, got one that it does not: {error.err}"
+        ) from None
     if pixels is None or pixels.shape[:2] != (height, width):
         raise ImageError(f"{where}: expected a whole image of {height} × {width}, got a cut or damaged file")
     if pixels.dtype != np.uint8:
@@ -162,20 +171,45 @@ def decode(data: bytes, where: str) -> Pixels:
     return np.ascontiguousarray(_upright(rgb.astype(np.uint8, copy=False), turn))
 
 
-def _header(image: Image.Image, where: str) -> tuple[int, int, int]:
-    """Height and width as decoded, and the EXIF orientation (1 to 8), of a file of a kind that can be used."""
+def _header(file: IO[bytes], where: str, max_pixels: int, whole: bool = False) -> tuple[int, int, int]:
+    """Height and width as decoded, and the EXIF orientation (1 to 8), of a file of a kind that can be used.
+
+    With `whole`, the checksums in a PNG file are held, too.
+    """
+    try:
+        with Image.open(file) as image:
+            _check_kind(image, where, max_pixels)
+            width, height = image.size
+            turn = _orientation(image, file, whole)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's readers meet damaged files with errors of every kind
+        raise ImageError(f"{where}: {_why(error)}") from None
+    return height, width, turn
+
+
+def _check_kind(image: Image.Image, where: str, max_pixels: int) -> None:
     width, height = image.size
     if image.format not in FORMATS:
         raise ImageError(f"{where}: expected PNG, JPEG, BMP, TIFF or WebP, got {image.format}")
-    if height * width > MAX_PIXELS:
-        raise ImageError(f"{where}: expected at most {MAX_PIXELS} pixels, got {height} × {width}")
+    if height * width > max_pixels:
+        raise ImageError(f"{where}: expected at most {max_pixels} pixels, got {height} × {width}")
     if image.mode == "CMYK":
         raise ImageError(f"{where}: expected RGB or grey, got CMYK, whose colours need a profile; convert it first")
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         raise ImageError(f"{where}: expected one picture, got {frames} (an animation or several pages)")
-    turn = 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)  # libtiff's readers turn it themselves
-    return height, width, turn if turn in range(1, 9) else 1
+
+
+def _orientation(image: Image.Image, file: IO[bytes], whole: bool) -> int:
+    if image.format == "TIFF":
+        return 1  # libtiff's readers turn it themselves
+    if image.format == "PNG" and not metadata_behind_pixels(file, whole):
+        exif = Image.Image.getexif(image)  # PngImageFile's would decode the pixels
+    else:
+        exif = image.getexif()
+    turn = exif.get(ORIENTATION)
+    return turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
 
 
 def _upright(image: Pixels, orientation: int) -> Pixels:
@@ -207,17 +241,36 @@ def _find(source: Path) -> Iterator[ImageFile]:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Image files below a folder, through links too, yet each folder once."""
-    seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        here = Path(place).stat()
-        if (here.st_dev, here.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((here.st_dev, here.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield Path(place, name)
+    seen, waiting = set(), [folder]
+    while waiting:
+        place = waiting.pop()
+        try:
+            here = place.stat()
+            if (here.st_dev, here.st_ino) in seen:
+                continue
+            seen.add((here.st_dev, here.st_ino))
+            with os.scandir(place) as entries:
+                visible = [entry for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            raise ImageError(f"{place}: expected a readable folder, got {error.strerror}") from None
+        for entry in visible:
+            kind = _kind(entry)
+            if kind == "folder":
+                waiting.append(place / entry.name)
+            elif kind == "file" and entry.name.lower().endswith(SUFFIXES):
+                yield place / entry.name
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Whether this is a folder or a file; links that lead nowhere are files that cannot be read, pipes are neither."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists()):
+            return "file"
+    except OSError:  # a link to itself
+        return "file"
+    return "other"
 
 
 def _is_utf8(text: str) -> bool:
@@ -237,4 +290,4 @@ def _why(error: Exception) -> str:
 
 
 def _listing(head: str, problems: Iterable[str]) -> str:
-    return "\n  ".join([f"{head}:", *problems])
+    return "\n  ".join([f"{head}:", *map(one_line, problems)])

@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from loader.format import plane_name
+from loader.format import one_line, plane_name
 from loader.index import read_index
 from loader.kernel import SWITCH, compiled
 from prep import __version__
@@ -52,7 +52,7 @@ def dataset_lines(facts: dict[str, Any]) -> list[str]:
         f"{name:<10}{plane['pixels'] / 1e6:.1f} megapixels, tiles of {plane['tile']}"
         for name, plane in facts["planes"].items()
     ]
-    return [
+    lines = [
         f"{facts['folder']}: {facts['images']} images, {facts['first']} to {facts['last']}",
         f"{'sizes':<10}{' × '.join(map(str, facts['smallest']))} to {' × '.join(map(str, facts['largest']))}, "
         "least and most of height × width",
@@ -62,6 +62,7 @@ def dataset_lines(facts: dict[str, Any]) -> list[str]:
         f"{'made by':<10}{facts['made_by']}",
         f"{'index':<10}sha256 {facts['sha256']}",
     ]
+    return [one_line(line) for line in lines]
 
 
 def describe_system() -> dict[str, Any]:

@@ -1,52 +1,48 @@
-"""Shards built side by side in processes that share a count of images done and a wish to stop."""
+"""Shards built side by side in processes, each told by a pipe what to build next, and telling what became of it."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from ctypes import c_bool, c_long
-from typing import Any
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
+from loader.format import ShardsError
+from prep.lock import share_lock
 from prep.shard import ShardPlan, ShardRecord, build_shard
 
-TICK = 0.2  # seconds between reports
+Finished = Callable[[ShardPlan, ShardRecord], None]
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 def build_shards(
-    plans: Sequence[ShardPlan], workers: int, skip_bad: bool, report: Callable[[int], None]
-) -> list[ShardRecord]:
-    """Build all shards and return their records in the order of the plans.
+    plans: Sequence[ShardPlan], workers: int, skip_bad: bool, report: Callable[[int], None], finished: Finished
+) -> None:
+    """Build all shards, in a folder that is locked.
 
-    After a bad image (unless `skip_bad`), an error or an interrupt, images in work are finished and no other is
-    begun; the records then hold what was bad by then, and an error is raised.
+    After a bad image (unless `skip_bad`) images in work are finished and no other is begun. An error or an interrupt
+    ends all at once: what is in work is lost then.
 
     Args:
         plans: the shards, apart from each other.
         workers: processes; with 1, or a single shard, all happens in this one.
         skip_bad: go on after an image that cannot be used.
-        report: is told now and then how many images are done.
+        report: is told how many images are done.
+        finished: is given each plan and what became of it, here, in the order in which they end; of those that were
+            stopped, too.
+
+    Raises:
+        OSError: a shard cannot be written.
+        ShardsError: a process was killed.
     """
-    if min(workers, len(plans)) == 1:
-        return list(_build_here(plans, skip_bad, report))
-    context = multiprocessing.get_context("spawn")  # forking a process with threads (OpenCV's, say) can hang it
-    done, stop = context.Value(c_long, 0), context.Value(c_bool, False)
-    pool = ProcessPoolExecutor(min(workers, len(plans)), context, _start_worker, (done, stop, skip_bad))
-    try:
-        futures = [pool.submit(_build_in_worker, plan) for plan in plans]
-        waiting: set[Future[ShardRecord]] = set(futures)
-        while waiting:
-            finished, waiting = wait(waiting, TICK, FIRST_COMPLETED)
-            report(done.value)
-            stop.value = stop.value or any(future.exception() for future in finished)
-        return [future.result() for future in futures]
-    finally:
-        stop.value = True
-        pool.shutdown(cancel_futures=True)
-
-
-def _build_here(plans: Sequence[ShardPlan], skip_bad: bool, report: Callable[[int], None]) -> Iterator[ShardRecord]:
+    if min(workers, len(plans)) > 1:
+        with _started(min(workers, len(plans)), plans[0].folder, skip_bad) as processes:
+            _feed(processes, plans, skip_bad, report, finished)
+        return
     done, going = 0, True
 
     def proceed(good: bool) -> bool:
@@ -57,34 +53,115 @@ def _build_here(plans: Sequence[ShardPlan], skip_bad: bool, report: Callable[[in
 
     for plan in plans:
         if going:
-            yield build_shard(plan, proceed)
+            finished(plan, build_shard(plan, proceed))
 
 
-_shared: dict[str, Any] = {}
+@contextlib.contextmanager
+def _started(count: int, folder: Path, skip_bad: bool) -> Iterator[dict[Connection, BaseProcess]]:
+    """Worker processes by the pipe to each; none is left afterwards."""
+    context = multiprocessing.get_context("spawn")  # forking a process with threads (OpenCV's, say) can hang it
+    processes: dict[Connection, BaseProcess] = {}
+    # Interrupts are for the parent: workers inherit that they are held back, from their first moment on. (What starts
+    # with the first process lets them through again: it is started before.)
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        for _ in range(count):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there, folder, skip_bad), daemon=True)
+            process.start()
+            there.close()
+            processes[here] = process
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield processes
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)  # a second interrupt leaves no worker behind either
+        for pipe, worker in processes.items():
+            worker.kill()  # what it holds is a part of a shard, of no use
+            worker.join()
+            pipe.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(done: Any, stop: Any, skip_bad: bool) -> None:
-    """Interrupts are for the parent, which then asks the workers to stop; they do not outlive it if it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _feed(
+    processes: dict[Connection, BaseProcess],
+    plans: Sequence[ShardPlan],
+    skip_bad: bool,
+    report: Callable[[int], None],
+    finished: Finished,
+) -> None:
+    waiting = list(reversed(plans))
+    working: dict[Connection, ShardPlan] = {}
+    done = 0
+    for pipe in processes:
+        working[pipe] = waiting.pop()
+        _tell(pipe, working[pipe])
+    while working:
+        for pipe in [pipe for pipe in wait(list(working)) if isinstance(pipe, Connection)]:
+            message = _hear(pipe, processes[pipe], working[pipe])
+            if message is None:
+                done += 1
+                report(done)
+                continue
+            finished(working.pop(pipe), message)
+            if message.bad and not skip_bad:
+                waiting.clear()
+                for other in working:
+                    _tell(other, None)
+            if waiting:
+                working[pipe] = waiting.pop()
+                _tell(pipe, working[pipe])
+
+
+def _tell(pipe: Connection, plan: ShardPlan | None) -> None:
+    """Have a worker build a shard; or stop after the image in work."""
+    with contextlib.suppress(BrokenPipeError):  # it was killed: heard of next
+        pipe.send(plan)
+
+
+def _hear(pipe: Connection, process: BaseProcess, plan: ShardPlan) -> ShardRecord | None:
+    """What a worker tells: its shard's record; or None, for one image more."""
+    try:
+        message = pipe.recv()
+    except (EOFError, ConnectionResetError):
+        process.join()
+        killed = process.exitcode == -signal.SIGKILL
+        raise ShardsError(
+            f"{plan.part}: expected the process that builds it to end well, got exit code {process.exitcode}"
+            f"{'; perhaps memory was short: try fewer --workers' * killed}"
+        ) from None
+    if isinstance(message, Exception):
+        raise message
+    assert message is None or isinstance(message, ShardRecord)
+    return message
+
+
+def _work(pipe: Connection, folder: Path, skip_bad: bool) -> None:
+    """Build what the pipe asks for, until it closes."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _shared.update(done=done, stop=stop, skip_bad=skip_bad)
+    try:
+        share_lock(folder)  # from here on no other build begins before this process has ended
+    except OSError:
+        return
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():
+        return
+
+    def proceed(good: bool) -> bool:
+        pipe.send(None)
+        return (good or skip_bad) and not pipe.poll()
+
+    with contextlib.suppress(EOFError):
+        while plan := pipe.recv():
+            try:
+                message: ShardRecord | Exception = build_shard(plan, proceed)
+            except Exception as error:
+                message = error
+            pipe.send(message)
 
 
 def _end_with_parent() -> None:
+    """A worker does not outlive its parent, however that ends."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
-
-
-def _build_in_worker(plan: ShardPlan) -> ShardRecord:
-    if _shared["stop"].value:
-        return ShardRecord(None, [], [])
-
-    def proceed(good: bool) -> bool:
-        with _shared["done"].get_lock():
-            _shared["done"].value += 1
-        if not good and not _shared["skip_bad"]:
-            _shared["stop"].value = True
-        return not _shared["stop"].value
-
-    return build_shard(plan, proceed)

@@ -83,13 +83,21 @@ class HDF5Writer:
         access.set_libver_bounds(h5f.LIBVER_V110, h5f.LIBVER_V110)  # one fixed version: the same bytes everywhere
         access.set_alignment(smallest_run, PAGE)
         access.set_fclose_degree(h5f.CLOSE_STRONG)  # closing the file closes all that is in it
-        self._file = h5f.create(os.fsencode(path), h5f.ACC_EXCL, _untimed(h5p.FILE_CREATE), access)
-        untimed = _untimed(h5p.GROUP_CREATE)
-        self._groups = {HR: h5g.create(self._file, plane_group(HR).encode(), gcpl=untimed)}
-        if scales:
-            h5g.create(self._file, plane_group(scales[0]).split("/")[0].encode(), gcpl=untimed)
-        for scale in scales:
-            self._groups[scale] = h5g.create(self._file, plane_group(scale).encode(), gcpl=untimed)
+        access.set_file_locking(False, True)  # not every file system has locks, and nobody else writes here
+        with _plain_errors(path):
+            self._file = h5f.create(os.fsencode(path), h5f.ACC_EXCL, _untimed(h5p.FILE_CREATE), access)
+        try:
+            with _plain_errors(path):
+                self._groups = {HR: self._group(plane_group(HR))}
+                if scales:
+                    self._group(plane_group(scales[0]).split("/")[0])
+                self._groups |= {scale: self._group(plane_group(scale)) for scale in scales}
+        except OSError:
+            self._abandon()
+            raise
+
+    def _group(self, name: str) -> h5g.GroupID:
+        return h5g.create(self._file, name.encode(), gcpl=_untimed(h5p.GROUP_CREATE))
 
     def write(self, scale: int, name: str, height: int, width: int, tiles: Pixels) -> int:
         """See ShardWriter."""
@@ -139,10 +147,13 @@ class HDF5Writer:
                     os.fsync(file.fileno())
         finally:
             if self._file:
-                # What libhdf5 could not write it tries again when it closes the file: give it room on a full disk.
-                os.truncate(self._path, 0)
-                with contextlib.suppress(OSError, RuntimeError):
-                    self._file.close()
+                self._abandon()
+
+    def _abandon(self) -> None:
+        # What libhdf5 could not write it tries again when it closes the file: give it room on a full disk.
+        with contextlib.suppress(OSError, RuntimeError):
+            os.truncate(self._path, 0)
+            self._file.close()
 
 
 @contextlib.contextmanager

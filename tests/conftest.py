@@ -1,5 +1,6 @@
 """Images, datasets and helpers that the tests share."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +64,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pictures: dict[str, Pixels]
 Build = Callable[..., Path]
 
 
-def build(source: Path, out: Path, *, lr: Path | None = None, workers: int = 1, **changes: object) -> Path:
+def build(
+    source: Path,
+    out: Path,
+    *,
+    lr: Path | None = None,
+    workers: int = 1,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    report: Callable[[int], None] = lambda done: None,
+    note: Callable[[str], None] = lambda text: None,
+    **changes: object,
+) -> Path:
     """Build a dataset of a folder of images, with a recipe changed from the default."""
     options: dict[str, object] = {
         "scales": (2, 4),
@@ -76,8 +88,13 @@ def build(source: Path, out: Path, *, lr: Path | None = None, workers: int = 1, 
     }
     recipe = Recipe(**(options | changes))  # type: ignore[arg-type]
     plans = plan_shards(find_images([source]), recipe, out, lr)
-    build_dataset(plans, workers, skip_bad=False, overwrite=False, report=lambda done: None)
+    build_dataset(plans, workers, skip_bad=skip_bad, overwrite=overwrite, report=report, note=note)
     return out
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """All files in a folder, and the SHA-256 of each."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="session", params=["hdf5", "raw"])

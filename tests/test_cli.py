@@ -126,32 +126,50 @@ def long_build() -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     # A shell lets its background jobs, and so all of these tests' children, ignore Ctrl-C.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed, start_new_session=True
+    )
     for _ in range(1000):
-        if list(Path().glob("shards/in/*.part")) or process.poll() is not None:
+        if list(Path().glob("shards/in/shard-*.part")) or process.poll() is not None:
             break
         time.sleep(0.01)
     return process
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_build_leaves_nothing(number: int) -> None:
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_an_interrupted_build_can_be_gone_on_with(number: int, whole_group: bool) -> None:
     process = long_build()
-    process.send_signal(number)
-    assert process.communicate(timeout=60)[1].strip() == "Aborted!"
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    output = process.communicate(timeout=60)[1]  # returns when the workers, too, have closed stderr
     assert process.returncode == 1
-    assert not Path("shards/in").exists()
+    *state, last = filter(None, output.splitlines())
+    assert last == "Aborted!"
+    assert len(state) <= 1, output
+    if state:
+        assert state[0].endswith("of 8 shards are finished; the same command goes on from there")
+        assert not list(Path("shards/in").glob("*.part"))
+        assert not Path("shards/in/index.json").exists()
+    else:
+        assert not Path("shards/in").exists()
 
 
 def test_a_killed_build_is_no_dataset_and_can_be_run_again() -> None:
     process = long_build()
     process.kill()
-    process.communicate(timeout=60)  # returns when the workers, too, have closed stderr: none outlives its parent
-    assert list(Path("shards/in").glob("*.part"))
+    process.communicate(timeout=60)
+    assert list(Path("shards/in").glob("shard-*.part"))
     assert prep("info", "shards/in").exit_code == 1
-    assert prep("build-shards", "in", "--scale", 2, "--workers", 2).exit_code == 0
-    assert not list(Path("shards/in").glob("*.part"))
+    other = prep("build-shards", "in", "--scale", 2, "--workers", 2)
+    assert other.exit_code == 1
+    assert "scale: 2, 8 there, 2 asked for" in other.output
+    assert prep("build-shards", "in", "--scale", 2, "--scale", 8, "--workers", 2).exit_code == 0
+    assert {path.suffix for path in Path("shards/in").iterdir()} == {".json", ".h5"}
+    assert not list(Path("shards/in").glob("build*"))
     assert len(read_index(Path("shards/in")).name) == 60
+    again = prep("build-shards", "in", "--scale", 2, "--scale", 8)
+    assert again.exit_code == 0
+    assert "complete already, and unharmed: 60 images" in again.output
 
 
 def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:

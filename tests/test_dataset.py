@@ -1,19 +1,25 @@
 """PatchDataset and ImageDataset against slices of the images they came from, in every kind of DataLoader."""
 
+import os
 import pickle
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Pixels, build
+from conftest import Pixels, build, write_image
 from torch.utils.data import DataLoader
 
 from loader import FormatError, ImageDataset, PatchDataset, ShardsError
 from loader import tiles as tiles_module
 from loader.shards import Shards
 from loader.tiles import transformed
+from prep.images import read_image
 from prep.imresize import imresize
 
 
@@ -134,6 +140,46 @@ def test_a_shard_cut_after_opening_is_noticed(folder: Path, tmp_path: Path) -> N
     shard.unlink()
     with pytest.raises(FormatError, match="expected a file that can be read, got No such file"):
         data[0]
+
+
+def test_a_dataset_built_anew_is_not_mixed_with_the_old(folder: Path, tmp_path: Path) -> None:
+    """Shards of the same names and lengths, other pixels: what is open stays as it was, nothing new is opened."""
+    out = build(folder, tmp_path / "out", images_per_shard=2)
+    mapped, late = Shards(out), Shards(out)
+    before = mapped.tiles(0, 1).copy()
+    for path in folder.iterdir():
+        write_image(tmp_path / "others" / path.name, 255 - read_image(path))
+    build(tmp_path / "others", tmp_path / "new", images_per_shard=2)
+    (out / "index.json").unlink()
+    for path in (tmp_path / "new").glob("shard-*"):
+        assert path.stat().st_size == (out / path.name).stat().st_size
+        path.replace(out / path.name)
+    with pytest.raises(FormatError, match="expected the dataset opened before, got No such file"):
+        late.tiles(0, 1)
+    (tmp_path / "new/index.json").replace(out / "index.json")
+    for read in (late.tiles, late.read):
+        with pytest.raises(FormatError, match="expected the dataset opened before, got one built since"):
+            read(0, 1)
+    np.testing.assert_array_equal(mapped.tiles(0, 1), before)
+    assert (Shards(out).tiles(0, 1) != before).any()
+
+
+def test_a_mapped_shard_that_shrinks_ends_the_process(folder: Path, tmp_path: Path) -> None:
+    """As FORMAT.md warns; positional reads of the same are an error."""
+    out = build(folder, tmp_path / "out", images_per_shard=9)
+    code = (
+        "import os, sys\nfrom loader import FormatError\nfrom loader.shards import Shards\n"
+        "from loader.files import Files\nimport numpy as np\n"
+        f"shards = Shards({str(out)!r})\ntiles = shards.tiles(4, 1)\nfiles = Files(shards.folder, shards.index)\n"
+        "files.descriptor(0)\nos.truncate(shards.folder / shards.index.shards[0].file, 8192)\n"
+        "try: files.read(0, int(shards.index.planes[1].offset[4]), np.empty(64, np.uint8))\n"
+        "except FormatError as error: print(error, flush=True)\n"
+        "tiles.sum()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == -signal.SIGBUS
+    assert re.search(r"shard-00000.h5: expected bytes \d+ to \d+, got its end at \d+", run.stdout), run.stderr
 
 
 def test_small_images(dataset: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,68 @@ def test_exif_orientation_is_applied(tmp_path: Path, kind: str, orientation: int
     assert read_size(tmp_path / "x") == expected.shape[:2]
 
 
+def chunks(data: bytes) -> list[bytes]:
+    """The chunks of a PNG file."""
+    at, found = 8, []
+    while at < len(data):
+        stop = at + 12 + int.from_bytes(data[at : at + 4])
+        found.append(data[at:stop])
+        at = stop
+    return found
+
+
+@pytest.mark.parametrize("last", ["eXIf", "tEXt"])
+def test_exif_behind_the_pixels_of_a_png(tmp_path: Path, last: str) -> None:
+    """Where it stands does not matter; nor does text there, which is where some programs put theirs."""
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = 6
+    data = encoded(Image.fromarray(RGB), "PNG", exif=exif)
+    parts = {part[4:8]: part for part in chunks(data)}
+    text = b"\0\0\0\5tEXta\0b c"
+    parts[b"tEXt"] = text + zlib.crc32(text[4:]).to_bytes(4)
+    order = [b"IHDR", b"eXIf", b"IDAT", b"tEXt", b"IEND"]
+    if last == "eXIf":
+        order = [b"IHDR", b"IDAT", b"eXIf", b"IEND"]
+    moved = data[:8] + b"".join(parts[kind] for kind in order)
+    np.testing.assert_array_equal(decode(moved, "x"), np.rot90(RGB, -1))
+    (tmp_path / "x.png").write_bytes(moved)
+    assert read_size(tmp_path / "x.png") == (31, 23)
+
+
+def test_a_png_of_which_a_chunk_changed() -> None:
+    """Any byte of it: all belong to a chunk with a checksum. What follows the last chunk does not matter."""
+    data = encoded(Image.fromarray(RGB[:9, :9]), "PNG")
+    for at in range(8, len(data)):
+        with pytest.raises(ImageError, match="^x: expected "):
+            decode(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :], "x")
+    np.testing.assert_array_equal(decode(data + b"more", "x"), RGB[:9, :9])
+
+
+def test_sizes_need_no_pixels(tmp_path: Path) -> None:
+    """The header is all that is read of a file, be the rest of it what it may."""
+    for suffix in (".png", ".jpg", ".webp", ".bmp"):
+        data = encoded(Image.fromarray(photograph(64, 48)), {"jpg": "JPEG"}.get(suffix[1:], suffix[1:].upper()))
+        file = tmp_path / f"a{suffix}"
+        half = len(data) // 2
+        file.write_bytes(data[:half] + bytes(len(data) - half - 12) + data[-12:])
+        assert read_size(file) == (64, 48)
+        if suffix == ".png":
+            with pytest.raises(ImageError):
+                read_image(file)
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    """Whatever the file's name: those of another kind, and lists of files."""
+    for folder in ("a", "b\nc"):
+        write_image(tmp_path / folder / "x\ty.png", RGB)
+    with pytest.raises(ShardsError) as caught:
+        find_images([tmp_path])
+    assert len(str(caught.value).splitlines()) == 2
+    assert r"b\nc/x\ty.png" in str(caught.value)
+    with pytest.raises(ImageError, match=r"^a\\nb: expected "):
+        decode(b"", "a\nb")
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_alpha(mode: str) -> None:
     image = Image.fromarray(RGB).convert(mode)
@@ -86,10 +149,23 @@ def test_what_8_bit_rgb_cannot_hold(tmp_path: Path) -> None:
         decode(encoded(frames[0], "GIF"), "x")
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
-def test_cut_files(kind: str) -> None:
-    data = encoded(Image.fromarray(photograph(64, 64)), kind)
-    for part in (0, 1, 7, 30, len(data) // 2, len(data) - 40):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+    ],
+)
+def test_cut_files(kind: str, options: dict[str, Any]) -> None:
+    """At many lengths, and at each of the last ones."""
+    data = encoded(Image.fromarray(photograph(64, 64)), kind, **options)
+    for part in {*range(0, len(data), len(data) // 50), *range(len(data) - 20, len(data))}:
         with pytest.raises(ImageError, match=r"^x: expected "):
             decode(data[:part], "x")
 
@@ -102,10 +178,11 @@ def test_rubbish(tmp_path: Path) -> None:
         read_image(tmp_path / "gone.png")
 
 
-def test_too_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 23 * 31 - 1)
+def test_too_many_pixels() -> None:
+    data = encoded(Image.fromarray(RGB), "PNG")
+    assert decode(data, "x", 23 * 31).shape == (23, 31, 3)
     with pytest.raises(ImageError, match="expected at most 712 pixels, got 23 × 31"):
-        decode(encoded(Image.fromarray(RGB), "PNG"), "x")
+        decode(data, "x", 23 * 31 - 1)
 
 
 def test_a_wrong_suffix_does_not_matter() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loader import index as index_module
 from loader.format import FormatError, Strings
 from loader.index import dump_index, parse_index, read_index
 
@@ -58,6 +60,7 @@ EDITS = {
     "version": (change("version", 2), "version: expected 1, got int 2"),
     "version type": (change("version", True), "version: expected int, got bool True"),
     "container": (change("container", "zip"), "container: expected one of hdf5, raw, got str 'zip'"),
+    "made by half a surrogate": (change("made_by", "\ud800"), "made_by: expected text that UTF-8 can hold"),
     "unknown field": (change("extra", 1), "fields: expected no others, got 'extra'"),
     "unknown lr field": (change("lr.extra", 1), "lr: fields: expected no others, got 'extra'"),
     "lr made": (change("lr.made", "pillow"), "lr: made: expected one of imresize, given"),
@@ -67,12 +70,18 @@ EDITS = {
     "path upwards": (change("shards.0.file", "../shard-00000.h5"), r"shards\[0\]: file: expected a name such as"),
     "shard twice": (lambda f: f["shards"].insert(1, f["shards"][0]), r"shards\[1\]: file: expected a number after 0"),
     "negative length": (change("shards.0.bytes", -1), r"shards\[0\]: bytes: expected 1 to .*, got int -1"),
+    "length huge": (change("shards.0.bytes", 10**300), r"shards\[0\]: bytes: expected 1 to .*, got int 1000"),
+    "no shards": (change("shards", []), r"shard\[0\]: expected 0 to -1, got int 0"),
     "short digest": (change("shards.0.sha256", "ab"), r"shards\[0\]: sha256: expected 64 hex digits"),
     "no images": (change("images.name", []), "name: expected at least one image, got none"),
     "name twice": (change("images.name.1", "a"), "name: expected each name once, got 'a' twice"),
     "name with slash": (change("images.name.1", "x/y"), r"name\[1\]: expected the stem"),
     "name empty": (change("images.name.1", ""), r"name\[1\]: expected the stem"),
+    "name with a null": (change("images.name.1", "a\0b"), r"name\[1\]: expected the stem"),
+    "name upwards": (change("images.name.1", ".."), r"name\[1\]: expected the stem"),
+    "name endless": (change("images.name.1", "x" * 1025), r"name\[1\]: expected the stem .*, got 'xxx"),
     "name half a surrogate": (change("images.name.1", "\ud800"), "name: expected text that UTF-8 can hold"),
+    "height negative": (change("images.height.1", -5), r"height\[1\]: expected 1 to 1048576, got int -5"),
     "height zero": (change("images.height.1", 0), r"height\[1\]: expected 1 to 1048576, got int 0"),
     "height huge": (change("images.height.1", 10**30), r"height\[1\]: expected 1 to 1048576, got int 1000"),
     "height text": (change("images.height.1", "9"), r"height\[1\]: expected int, got str '9'"),
@@ -80,6 +89,9 @@ EDITS = {
     "height missing": (change("images.height.1", ...), "height: expected 5 entries, one per image, got 4"),
     "float": (change("images.height.1", 1.5), "number: expected integers only, got 1.5"),
     "NaN": (change("images.height.1", float("nan")), "number: expected integers only, got NaN"),
+    "Infinity": (change("images.height.1", float("inf")), "number: expected integers only, got Infinity"),
+    "list in place of a number": (change("images.height.1", [[]] * 999), r"height\[1\]: expected int, got list \[\[\]"),
+    "shard negative": (change("images.shard.4", -1), r"shard\[4\]: expected 0 to 2, got int -1"),
     "shard number": (change("images.shard.4", 3), r"shard\[4\]: expected 0 to 2, got int 3"),
     "too small for ×4": (change("images.width.2", 3), "image 'c': expected at least 4 × 4 pixels, got 64 × 3"),
     "no HR": (change("planes.HR", ...), "HR: expected this field, got none"),
@@ -89,6 +101,12 @@ EDITS = {
     "LR with source": (change("planes.X2.source", ["a"] * 5), "X2: fields: expected no others, got 'source'"),
     "crc": (change("planes.X2.crc32.0", 1 << 32), r"crc32\[0\]: expected 0 to 4294967295"),
     "source digest": (change("planes.HR.source_sha256.3", "0" * 63 + "g"), r"source_sha256\[3\]: expected 64 hex"),
+    "source absolute": (change("planes.HR.source.1", "/etc/passwd"), r"HR: source\[1\]: expected a path within"),
+    "source upwards": (change("planes.HR.source.1", "a/../../b.png"), r"HR: source\[1\]: expected a path within"),
+    "source empty": (change("planes.HR.source.1", ""), r"HR: source\[1\]: expected a path within"),
+    "source missing": (change("planes.HR.source", ...), "HR: source: expected this field, got none"),
+    "offset negative": (change("planes.X4.offset.2", -4096), r"offset\[2\]: expected 0 to .*, got int -4096"),
+    "offset huge": (change("planes.X4.offset.2", 1 << 63), r"offset\[2\]: expected 0 to .*, got int 9223372"),
     "offset unaligned": (change("planes.X4.offset.2", 4097), "X4 of image 'c': expected an offset that is a multiple"),
     "offset outside": (change("planes.X4.offset.2", 1 << 40), "X4 of image 'c': expected a run within the .* bytes of"),
     "overlap": (
@@ -127,6 +145,9 @@ def test_wrong_text(text: bytes, message: str) -> None:
         (b"[" * 100_000, "expected a JSON object"),
         (b'{\n"a": ' + b"9" * 5000 + b",\n", "expected a JSON object"),
         (b'{\n"a": 1,\n"a": 2,\n', "each key once, got 'a' twice"),
+        (b"{\n" + b"".join(b'"%d": 1,\n' % (i % 199_999) for i in range(200_000)), "each key once, got '0' twice"),
+        (b'{\n"' + b"a" * 10**6 + b'": 1,\n', r"expected 'srshards'|format: expected this field"),
+        (b'{\n"format": ' + b"[[]," * 1 + b"[]," * 10**6 + b"[]],\n", r"format: expected str, got list \[\[\]"),
         (b'{\n"a": "\xff",\n', "expected a JSON object in UTF-8"),
         (b"[1,\n", "expected a JSON object"),
     ],
@@ -134,8 +155,9 @@ def test_wrong_text(text: bytes, message: str) -> None:
 def test_wrong_json(body: bytes, message: str) -> None:
     """Text that ends in its right digest, yet is not what it should be."""
     text = body + f'"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
-    with pytest.raises(FormatError, match=message):
+    with pytest.raises(FormatError, match=message) as caught:
         parse_index(text, "here")
+    assert len(str(caught.value)) < 300
 
 
 def test_any_changed_byte_is_found(dataset: Path) -> None:
@@ -168,7 +190,7 @@ def test_files_beside_the_index(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=rf"{shard.name}: expected a file of .* got No such file"):
         read_index(copy)
     shard.mkdir()
-    with pytest.raises(FormatError, match=f"{shard.name}: length"):
+    with pytest.raises(FormatError, match=f"{shard.name}: file: expected a regular file, got a folder"):
         read_index(copy)
     shard.rmdir()
     (tmp_path / "elsewhere").write_bytes(data)
@@ -177,12 +199,78 @@ def test_files_beside_the_index(dataset: Path, tmp_path: Path) -> None:
         read_index(copy)
 
 
+def test_lengths_are_known_before_anything_is_mapped(dataset: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    """An index that claims an exabyte, beside shards that have not got it."""
+    shutil.copytree(dataset, tmp_path / "copy")
+    fields["shards"][1]["bytes"] = 1 << 60
+    (tmp_path / "copy/index.json").write_bytes(resign(fields))
+    with pytest.raises(FormatError, match=rf"length: expected a file of {1 << 60} bytes, got \d+ bytes"):
+        read_index(tmp_path / "copy")
+
+
+def test_links(dataset: Path, tmp_path: Path) -> None:
+    """Links stay in the folder; the folder itself may be one."""
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    (tmp_path / "link").symlink_to(copy)
+    index, shard = copy / "index.json", copy / read_index(tmp_path / "link").shards[0].file
+    shard.rename(copy / "aside")
+    shard.symlink_to("aside")
+    read_index(tmp_path / "link")
+    (copy / "aside").replace(shard)
+    for path in (index, shard):
+        path.rename(tmp_path / "outside")
+        path.symlink_to(path.name)
+        with pytest.raises(FormatError, match=f"{path.name}: expected a .*, got Too many levels of symbolic links"):
+            read_index(copy)
+        path.unlink()
+        path.symlink_to("../outside")
+        with pytest.raises(
+            FormatError, match=f"{path.name}: file: expected a file in this folder, got a link to .*out"
+        ):
+            read_index(copy)
+        path.unlink()
+        (tmp_path / "outside").rename(path)
+
+
+def test_pipes_are_not_waited_for(dataset: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    shard = copy / read_index(copy).shards[0].file
+    for path in (shard, copy / "index.json"):
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(FormatError, match=f"{path.name}: file: expected a regular file, got a pipe or a device"):
+            read_index(copy)
+
+
+def test_an_index_too_large_for_its_shards(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused unread: a terabyte of holes takes no time."""
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    text = (copy / "index.json").read_bytes()
+    try:
+        os.truncate(copy / "index.json", 1 << 40)
+    except OSError:
+        os.truncate(copy / "index.json", 1 << 32)
+    shards = sum(path.stat().st_size for path in copy.glob("shard-*"))
+    most = (16 << 20) + shards // 8
+    with pytest.raises(FormatError, match=rf"index.json: length: expected at most {most} bytes, .*, got \d+ bytes"):
+        read_index(copy)
+    (copy / "index.json").write_bytes(text)
+    monkeypatch.setattr(index_module, "INDEX_ROOM", len(text) - shards // 8)
+    read_index(copy)
+    monkeypatch.setattr(index_module, "INDEX_ROOM", len(text) - shards // 8 - 1)
+    with pytest.raises(FormatError, match=f"expected at most {len(text) - 1} bytes"):
+        read_index(copy)
+
+
 def test_no_dataset_there(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(FormatError, match="expected a dataset, a folder with index.json, got none there"):
             read_index(place)
     (tmp_path / "index.json").mkdir()
-    with pytest.raises(FormatError, match="expected a readable file, got Is a directory"):
+    with pytest.raises(FormatError, match="expected a regular file, got a folder"):
         read_index(tmp_path)
 
 
