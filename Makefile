@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-long clean
+.PHONY: demo test test-long fuzz clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -16,6 +16,12 @@ test: $(READY)
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long -s
+
+FUZZ_SECONDS ?= 300
+
+fuzz: $(READY)
+	SRSHARDS_FUZZ_SECONDS=$(FUZZ_SECONDS) SRSHARDS_FUZZ_SEED=$${SRSHARDS_FUZZ_SEED:-$$(date +%s)} \
+		$(BIN)/python -m pytest tests/test_fuzz.py
 
 # Built again when what is installed changes; the kernels are optional, their build may fail.
 $(READY): setup.cfg setup.py pyproject.toml constraints.txt loader/_gather.c prep/_imresize.c model/_mixing.c model/_mixing_parts.h

@@ -1,6 +1,7 @@
 """Imports point one way, and the command line does without the heavy ones."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_numpy_only_modules() -> None:
         assert outside <= {"numpy", "loader"}, name
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["build-shards", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["build-shards", "--help"], ["verify", "--help"]])
 def test_help_needs_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys, prep.cli\n"
@@ -89,6 +90,99 @@ def test_help_needs_nothing_heavy(arguments: list[str]) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert run.stdout.splitlines()[-1] == "[]"
+
+
+# Calls that run what they are given, and keyword arguments without (or with) which others do.
+RUN_CODE = {
+    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler",
+    "marshal.load", "marshal.loads", "shelve.open", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "joblib.load",
+    "dill.load", "dill.loads", "cloudpickle.load", "cloudpickle.loads", "subprocess.getoutput",
+    "subprocess.getstatusoutput", "pandas.read_pickle", "builtins.eval", "builtins.exec",
+}  # fmt: skip
+NEEDED = {"torch.load": ("weights_only", True)}
+FORBIDDEN = {"numpy.load": ("allow_pickle", False), "subprocess.": ("shell", False)}
+
+
+def unsafe_calls(tree: ast.AST) -> list[str]:
+    """Calls, by full name and line, that may run code found in their arguments or in a file."""
+    known: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            known |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    found = []
+    for node in ast.walk(tree):
+        # A function that is handed on counts as called.
+        if isinstance(node, ast.Name | ast.Attribute) and (name := full_name(node, known)) in RUN_CODE:
+            found.append(f"{name}, line {node.lineno}")
+        if not isinstance(node, ast.Call):
+            continue
+        name = full_name(node.func, known)
+        given = {word.arg: getattr(word.value, "value", ...) for word in node.keywords}
+        if name in NEEDED and given.get(NEEDED[name][0]) is not NEEDED[name][1]:
+            found.append(f"{name} without {NEEDED[name][0]}={NEEDED[name][1]}, line {node.lineno}")
+        for start, (word, allowed) in FORBIDDEN.items():
+            if name.startswith(start) and given.get(word, allowed) is not allowed:
+                found.append(f"{name} with {word}, line {node.lineno}")
+    return found
+
+
+def full_name(node: ast.AST, known: dict[str, str]) -> str:
+    """The dotted name of an expression, imports resolved; "" for what has none."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id, node.id)
+    if isinstance(node, ast.Attribute) and (outer := full_name(node.value, known)):
+        return f"{outer}.{node.attr}"
+    return ""
+
+
+@pytest.mark.parametrize("path", [*modules().values(), *(ROOT / "examples").glob("*.py")], ids=lambda path: path.stem)
+def test_nothing_runs_what_it_reads(path: Path) -> None:
+    """No unpickling, no evaluation, no shell; checkpoints are loaded as weights only."""
+    assert unsafe_calls(ast.parse(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "eval('1')",
+        "import os\nos.system('ls')",
+        "from os import system as run\nrun('ls')",
+        "import pickle\npickle.loads(b'')",
+        "import pickle as p\nread = p.load",
+        "from pickle import Unpickler\nUnpickler(file)",
+        "import subprocess\nsubprocess.run('ls', shell=True)",
+        "from subprocess import Popen\nPopen('ls', shell=flag)",
+        "import torch\ntorch.load('x')",
+        "import torch\ntorch.load('x', weights_only=False)",
+        "import torch as t\nt.load('x', weights_only=flag)",
+        "import numpy as np\nnp.load('x', allow_pickle=True)",
+        "import yaml\nyaml.load(text)",
+        "list(map(exec, lines))",
+    ],
+)
+def test_what_runs_code_is_seen(code: str) -> None:
+    """The check above can fail."""
+    assert len(unsafe_calls(ast.parse(code))) == 1
+    for fine in (
+        "import torch\ntorch.load('x', weights_only=True)",
+        "import numpy as np\nnp.load('x')",
+        "re.compile('x')",
+    ):
+        assert unsafe_calls(ast.parse(fine)) == []
+
+
+def test_reliability_names_tests_that_exist() -> None:
+    """Each file and each test that RELIABILITY.md names; a row without figures may be of one to come."""
+    defined = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    named = set()
+    for line in (ROOT / "RELIABILITY.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("| ") and "see below" not in line:
+            named |= set(re.findall(r"\btest_\w+(?:\.py)?", line))
+    assert len(named) > 20
+    for name in named:
+        assert (ROOT / "tests" / name).exists() if name.endswith(".py") else f"def {name}(" in defined, name
 
 
 def test_modules_stay_small() -> None:

@@ -1,7 +1,9 @@
-"""Minutes of loaders, threads and forked workers at once, on one dataset, every sample compared with the slow path."""
+"""Loaders, threads, forks and builds at once: every sample compared with the slow path, every dataset whole."""
 
 import random
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -10,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Pixels
+from conftest import Pixels, build, write_image
+from torch.utils.data import DataLoader
 
-from loader import PatchDataset, PatchLoader
+from loader import FormatError, PatchDataset, PatchLoader
+from loader.format import HR
+from loader.shards import Shards
 from loader.tiles import transformed
 from prep.imresize import imresize
 
@@ -28,7 +33,7 @@ def slow_path(data: PatchDataset, pictures: dict[str, Pixels]) -> Callable[[int]
         whole[name] = (imresize(cropped, data.scale), cropped)
 
     def sample(g: int) -> tuple[Pixels, Pixels]:
-        epoch, n = divmod(g, LENGTH)
+        epoch, n = divmod(g, len(data))
         crops = data.plan.crops(epoch, [n])
         sides = []
         for image, zoom in zip(whole[data.shards.index.name[int(crops.image[0])]], (1, data.scale), strict=True):
@@ -81,3 +86,71 @@ def test_many_loaders_threads_and_forks(dataset: Path, pictures: dict[str, Pixel
             loaders, forks = loaders + 4, forks + 2
     print(f"{loaders} loaders, {forks} forked workers, {samples} samples compared in {SECONDS} s")
     assert loaders > 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker processes:UserWarning")
+def test_eight_workers(dataset: Path, pictures: dict[str, Pixels], start: str) -> None:
+    data = PatchDataset(dataset, 4, 8, length=LENGTH * 16, seed=3)
+    sample = slow_path(data, pictures)
+    loader = DataLoader(data, 9, num_workers=8, persistent_workers=True, multiprocessing_context=start)
+    for epoch in (0, 1):
+        data.set_epoch(epoch)
+        pairs = [pair for batch in loader for pair in zip(*batch, strict=True)]
+        assert len(pairs) == len(data)
+        for n, pair in enumerate(pairs):
+            for found, wanted in zip(pair, sample(epoch * len(data) + n), strict=True):
+                np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), wanted)
+    print(f"8 workers by {start}, {dataset.name}: {2 * len(data)} samples compared")
+
+
+def read_while_building(folder: Path, pictures: dict[str, Pixels], place: Path, seconds: float, builds: int) -> str:
+    """Build two datasets of equal lengths over each other, at least so often and so long, while readers open them."""
+    for path in folder.iterdir():
+        write_image(place / "others" / path.name, 255 - pictures[path.stem])
+    told, out, building = Counter[str](), place / "out", threading.Event()
+    building.set()
+
+    def read() -> None:
+        while building.is_set():
+            try:
+                shards = Shards(out)
+                found = [shards.read(image, HR) for image in range(len(shards.index.name))]
+                tops = [shards.tiles(image, HR)[0, 0].copy() for image in range(len(found))]
+            except FormatError:
+                told["refused"] += 1
+                continue
+            inverted = bool((found[0] != pictures[shards.index.name[0]]).any())
+            for name, pixels, top in zip(shards.index.name, found, tops, strict=True):
+                wanted = 255 - pictures[name] if inverted else pictures[name]
+                np.testing.assert_array_equal(pixels, wanted)
+                side = min(64, *wanted.shape[:2])
+                np.testing.assert_array_equal(top[:side, :side], wanted[:side, :side])
+            told["inverted" if inverted else "plain"] += 1
+
+    end = time.monotonic() + seconds
+    with ThreadPoolExecutor(3) as pool:
+        readers = [pool.submit(read) for _ in range(3)]
+        try:
+            while time.monotonic() < end or told["builds"] < builds or not told["inverted"] * told["plain"]:
+                source = (folder, place / "others")[told["builds"] % 2]
+                build(source, out, images_per_shard=1, overwrite=True)
+                told["builds"] += 1
+                if any(reader.done() for reader in readers):
+                    break
+        finally:
+            building.clear()
+        for reader in readers:
+            reader.result()
+    return f"{told['builds']} builds, {told['plain'] + told['inverted']} datasets read whole, {told['refused']} refused"
+
+
+def test_readers_during_builds(folder: Path, pictures: dict[str, Pixels], tmp_path: Path) -> None:
+    read_while_building(folder, pictures, tmp_path, seconds=0, builds=4)
+
+
+@pytest.mark.long
+def test_readers_during_many_builds(folder: Path, pictures: dict[str, Pixels], tmp_path: Path) -> None:
+    print("\n" + read_while_building(folder, pictures, tmp_path, seconds=60, builds=4))
