@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import photograph, write_image
 
 SCRIPTS = sorted((Path(__file__).parent.parent / "slurm").glob("*.sbatch"))
 TRAIN, BUILD = (Path(__file__).parent.parent / "slurm" / name for name in ("train.sbatch", "build-shards.sbatch"))
@@ -340,3 +341,36 @@ def test_shards_are_built_by_as_many_workers_as_cores(folder: Path, tmp_path: Pa
     done = subprocess.run(["bash", BUILD, *words], env=environment, capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[0] == f"build-shards --workers 2 {' '.join(words)}"
     assert (tmp_path / "shards" / "index.json").exists()
+
+
+def test_a_build_near_its_time_limit_is_requeued_and_goes_on(tmp_path: Path) -> None:
+    for i in range(12):
+        write_image(tmp_path / "in" / f"{i}.png", photograph(600, 800, seed=i))
+    log = tmp_path / "slurm.log"
+    write_program(tmp_path / "scontrol", SCONTROL.format(log=log))
+    environment = os.environ | {
+        "PREP": str(Path(sys.executable).with_name("prep")),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+    }
+    out = tmp_path / "out"
+    words = [str(tmp_path / "in"), "--scale", "2", "--images-per-shard", "1", "--out", str(out)]
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(["bash", str(BUILD), *words], env=environment, stderr=subprocess.PIPE, text=True)
+
+    with start() as batch:
+        wait_for(lambda: len(list(out.glob("*.h5.json"))) >= 2 or batch.poll() is not None)
+        batch.send_signal(signal.SIGUSR1)
+        _, errors = batch.communicate(timeout=60)
+    assert batch.returncode == 0, errors
+    assert "shards are finished; the same command goes on from there" in errors
+    assert log.read_text() == "scontrol requeue 7\n"
+    assert not (out / "index.json").exists()
+    log.unlink()
+    with start() as batch:
+        _, errors = batch.communicate(timeout=60)
+    assert batch.returncode == 0, errors
+    assert "shards were finished before" in errors
+    assert len(list(out.glob("*.h5"))) == 12
+    assert not log.exists()
