@@ -135,11 +135,11 @@ class Run:
             self.data, share, rank=ranks.rank, world_size=ranks.world_size, threads=config.workers, pin_memory=pinned
         )
         self.state = new_state(config, ranks)
+        self.saved: tuple[Path | None, float] = (None, time.monotonic())  # the newest checkpoint here, and since when
         remarks = self.restore(resume)
         if self.state.micro_batch is None:
             # Without a GPU, a process that asks for too much is killed; nothing is raised that could be caught.
             self.state.micro_batch = choose_micro_batch(self.state, config, ranks, ranks.device.type == "cuda")
-        self.saved = (self.state.iteration if remarks else None, time.monotonic())  # the iteration, and when
 
         self.out.mkdir(parents=True, exist_ok=True)
         if ranks.first:
@@ -173,6 +173,7 @@ class Run:
         newer = saving.numbered(self.checkpoints)[:1]
         if resume != AUTO and newer and newer[0].name > saving.name_of(self.state.iteration):
             raise CheckpointError(f"{newer[0]}: is newer than {path}; take another --out, or --resume auto")
+        self.saved = (path, time.monotonic())
         return [*remarks, f"going on from {path}"]
 
     def due(self, every: int) -> bool:
@@ -183,12 +184,12 @@ class Run:
 
     def save(self) -> Path:
         """Write a checkpoint, unless this iteration has one."""
-        iteration = self.state.iteration
-        if self.saved[0] != iteration:
+        path = self.checkpoints / saving.name_of(self.state.iteration)
+        if self.saved[0] != path:
             content = to_checkpoint(self.state, self.loader.state_dict(), self.config, self.ranks)
-            saving.save(self.checkpoints, content, iteration, self.config.keep)
-            self.saved = (iteration, time.monotonic())
-        return self.checkpoints / saving.name_of(iteration)
+            saving.save(path, content, self.config.keep)
+            self.saved = (path, time.monotonic())
+        return path
 
     def validate(self, valid: ImageDataset) -> None:
         """Score the averaged weights and draw pictures; if asked to stop meanwhile, leave it to the resumed run."""

@@ -11,7 +11,7 @@ from loader.index import read_index
 from loader.kernel import SWITCH, compiled
 from prep import __version__
 
-KERNELS = {"downscaling": "prep._imresize", "gather": "loader._gather"}
+KERNELS = {"downscaling": "prep._imresize", "gather": "loader._gather", "network": "model._mixing"}
 PACKAGES = ("numpy", "h5py", "opencv-python-headless", "pillow", "torch", "click", "tqdm")
 
 

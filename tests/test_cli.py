@@ -115,7 +115,11 @@ def test_info_needs_a_dataset() -> None:
     result = prep("info", ".")
     assert result.exit_code == 1
     assert "expected a dataset" in result.output
-    assert json.loads(prep("info", "--system", "--json").output)["kernels"].keys() == {"downscaling", "gather"}
+    assert json.loads(prep("info", "--system", "--json").output)["kernels"].keys() == {
+        "downscaling",
+        "gather",
+        "network",
+    }
 
 
 def long_build() -> subprocess.Popen[str]:

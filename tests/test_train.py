@@ -280,7 +280,7 @@ def test_wrong_checkpoints_are_not_resumed(run: Callable[..., Result], tmp_path:
 
 
 def test_failed_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saving.save(tmp_path, {"params": {}}, 1, keep=1)
+    saving.save(tmp_path / saving.name_of(1), {"params": {}}, keep=1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full(descriptor: int) -> None:
@@ -288,7 +288,7 @@ def test_failed_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        saving.save(tmp_path, {"params": {}}, 2, keep=1)
+        saving.save(tmp_path / saving.name_of(2), {"params": {}}, keep=1)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -352,6 +352,15 @@ def test_a_run_does_not_go_back_behind_its_newest_checkpoint(run: Callable[..., 
     assert run("b", "--resume", older).exit_code == 0
     a, b = (read(tmp_path / out / "checkpoints" / "last.pt") for out in "ab")
     assert all(torch.equal(a["params"][name], b["params"][name]) for name in a["params"])
+
+
+def test_going_on_in_another_folder(run: Callable[..., Result], training_shards: Path, tmp_path: Path) -> None:
+    assert run("a", "--iterations", 3).exit_code == 0
+    flags = ["--valid-shards", str(training_shards), "--validate-every", 3]
+    result = run("b", "--resume", tmp_path / "a" / "checkpoints" / "last.pt", *flags)
+    assert result.exit_code == 0, result.output
+    names = {path.name for path in (tmp_path / "b" / "checkpoints").iterdir()}
+    assert {"iteration-00000003.pt", "iteration-00000006.pt", "last.pt", "best.pt"} <= names
 
 
 def test_another_stream_is_not_gone_on_with(run: Callable[..., Result]) -> None:

@@ -17,19 +17,18 @@ NUMBERED = re.compile(r"iteration-(\d+)\.pt")
 LAST, BEST = "last.pt", "best.pt"
 
 
-def save(folder: Path, content: Mapping[str, Any], iteration: int, keep: int) -> Path:
+def save(path: Path, content: Mapping[str, Any], keep: int) -> None:
     """Write a checkpoint, let last.pt be the same file, and drop all but the `keep` newest; a kill loses none."""
+    folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*.part"):  # of a process that was killed
         left.unlink(missing_ok=True)
-    path = folder / name_of(iteration)
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     write_atomically(path, buffer.getvalue())
     name_also(path, LAST)
     for old in numbered(folder)[keep:]:
         old.unlink(missing_ok=True)
-    return path
 
 
 def name_also(path: Path, name: str) -> None:
