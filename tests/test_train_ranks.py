@@ -1,5 +1,6 @@
 """Several processes train as one does: same samples, same losses, same network, wherever they go on."""
 
+import re
 import signal
 from pathlib import Path
 
@@ -69,6 +70,13 @@ def test_a_signal_to_one_rank_ends_all(training_shards: Path, tmp_path: Path) ->
     said = finish(first, second)
     assert "stopped by a signal to another rank after iteration" in said[0]
     assert last(tmp_path / "a")["iteration"] >= 2
+
+
+def test_ranks_that_cannot_meet_are_one_clear_line(training_shards: Path, tmp_path: Path) -> None:
+    process = start(command(training_shards, tmp_path / "a"), WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 1
+    assert re.fullmatch(r"Error: expected to meet the other 1 ranks, got: .*MASTER_ADDR.*\n", said), said
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(training_shards: Path, tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ class Ranks:
 def joined(device: str) -> Iterator[Ranks]:
     """Take the place that RANK, LOCAL_RANK and WORLD_SIZE say, as torchrun sets them; without, be the only process.
 
-    `device` is as for `pick_device`, "auto" and "cuda" being the GPU of the local rank. Raises click.BadParameter.
+    `device` is as for `pick_device`, "auto" and "cuda" being the GPU of the local rank. Raises click.BadParameter for
+    a device that cannot be used, click.ClickException where the other ranks are not found.
     """
     world_size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     place = pick_device(device)
@@ -82,7 +83,11 @@ def joined(device: str) -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks(0, 1, place)
         return
-    distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise click.ClickException(f"expected to meet the other {world_size - 1} ranks, got: {reason}") from error
     try:
         yield Ranks(distributed.get_rank(), world_size, place)
     finally:
