@@ -1,6 +1,7 @@
 """Runs that are killed at any moment, and go on: they end as if nothing had happened."""
 
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,21 +15,28 @@ def survive(shards: Path, folder: Path, kills: int, iterations: int, seed: int) 
     flags = ["--iterations", iterations, "--checkpoint-every", 5, "--log-every", 10]
     flags += ["--valid-shards", str(shards), "--validate-every", 20]
     began = time.monotonic()
-    finish(start(command(shards, folder / "whole", *flags)))
-    whole = time.monotonic() - began
+    process = start(command(shards, folder / "whole", *flags))
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("iteration "))
+    starting = time.monotonic() - began
+    finish(process)
+    running = time.monotonic() - began - starting
     chance, killed, resumed = random.Random(seed), 0, 0
     words = [*command(shards, folder / "killed", *flags), "--resume", "auto"]
     while killed < kills:
         process = start(words)
-        # Any moment: while it starts, steps, saves, validates. Later ones more often, so that it gets on.
+        # Any moment: while it starts, steps, saves, validates; and so that all kills come before the end.
+        early = chance.random() < 0.3
+        moment = chance.uniform(0, starting) if early else starting + chance.uniform(0, 1.5 * running / kills)
         try:
-            said = process.communicate(timeout=whole * chance.uniform(0.1, 0.9))[0]
-            assert process.returncode == 0, said
-            break
-        except Exception:
+            said = process.communicate(timeout=moment)[0]
+        except subprocess.TimeoutExpired:
             process.kill()
             killed += 1
             resumed += "going on from" in process.communicate()[0]
+        else:
+            assert process.returncode == 0, said
+            break
     finish(start(words))
     one, other = last(folder / "whole"), last(folder / "killed")
     assert one["iteration"] == other["iteration"] == iterations
