@@ -180,7 +180,7 @@ def row(case: str, results: Results) -> list[str]:
         return f"{median_ratio(seconds[RIVAL], seconds[way]):.2f}" if way in seconds else ""
 
     ways = (OURS, PLAIN, COMPILED)
-    spent = results.compile_seconds.get(case)
+    spent = results.compile_seconds.get(case) if COMPILED in seconds else None
     times = [milliseconds(way) for way in (*ways, RIVAL)]
     return [case, *times, *(ratio(way) for way in ways), "" if spent is None else f"{spent:.0f}"]
 
