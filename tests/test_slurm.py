@@ -104,6 +104,7 @@ class Cluster:
 
     def __init__(self, folder: Path, nodes: int = 1, tasks_per_node: int = 2) -> None:
         self.folder, self.out, self.log = folder, folder / "a run", folder / "slurm.log"
+        self.job = str(os.getpid())  # the port follows from it: another run of these tests must have another
         self.programs, self.shards, self.scratch = (folder / name for name in ("bin", "my shards", "scratch"))
         for place in (self.programs, self.shards / "deep", self.scratch):
             place.mkdir(parents=True)
@@ -115,7 +116,7 @@ class Cluster:
         self.environment = {
             "PATH": f"{self.programs}:{os.environ['PATH']}",
             "PYTHON": sys.executable,
-            "SLURM_JOB_ID": "123456",
+            "SLURM_JOB_ID": self.job,
             "SLURM_JOB_NODELIST": "node[1-2]",
             "SLURM_JOB_NUM_NODES": str(nodes),
             "SLURM_NTASKS": str(nodes * tasks_per_node),
@@ -160,7 +161,7 @@ class Cluster:
 
     def requeued(self) -> bool:
         """Whether the job was put back into the queue."""
-        return "scontrol requeue 123456" in self.log.read_text().splitlines()
+        return f"scontrol requeue {self.job}" in self.log.read_text().splitlines()
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -187,7 +188,7 @@ def test_ranks_know_their_places(tmp_path: Path) -> None:
             "LOCAL_RANK": str(rank % 2),
             "WORLD_SIZE": "4",
             "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(10000 + 123456 % 20000),
+            "MASTER_PORT": str(10000 + os.getpid() % 20000),
             "SRUN_CPUS_PER_TASK": "6",
         }
     assert not cluster.requeued()
@@ -201,7 +202,7 @@ def test_near_the_time_limit_it_saves_and_is_requeued(cluster: Cluster) -> None:
         code, errors = cluster.end(batch)
         assert code == 0
         assert "the time limit is near: asking train.py to save\n" in errors
-        assert "not finished yet: requeueing job 123456\n" in errors
+        assert f"not finished yet: requeueing job {cluster.job}\n" in errors
         assert [(cluster.out / f"{rank}.signals").read_text() for rank in (0, 1)] == ["SIGUSR1"] * 2
         assert cluster.requeued()
         cluster.log.unlink()
@@ -256,7 +257,7 @@ def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster) -> None:
 def test_shards_are_staged_when_asked(cluster: Cluster, variable: str) -> None:
     code, errors = cluster.run("finish", STAGE="1", **{variable: str(cluster.scratch)})
     assert code == 0
-    staged = cluster.scratch / "srshards-123456"
+    staged = cluster.scratch / f"srshards-{cluster.job}"
     assert f"shards copied from {cluster.shards} to {staged} of each node" in errors
     given = cluster.given(0)
     assert given["flags"][-4:] == ["--shards", str(staged), "--resume", "auto"]

@@ -31,12 +31,8 @@ class Progress:
     """
 
     def __init__(self, config: Config, ranks: Ranks, iteration: int) -> None:
-        self.log, self.ranks, self.total, self.batch_size = (
-            Path(config.out, LOG),
-            ranks,
-            config.iterations,
-            config.batch_size,
-        )
+        self.log, self.ranks = Path(config.out, LOG), ranks
+        self.total, self.batch_size = config.iterations, config.batch_size
         self.entries = [entry for entry in read_log(self.log) if entry["iteration"] <= iteration]
         self.board: Any = None
         if ranks.first:  # what a killed run wrote after its last checkpoint will come again
@@ -67,6 +63,7 @@ class Progress:
         for name, value in {"loss": losses.total.detach(), **losses.parts}.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.steps += 1
+        self.bar.update()
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one, at once: a cluster's log would else stay empty for hours."""
@@ -90,15 +87,17 @@ class Progress:
             }
             self.record(iteration, values)
             parts = ", ".join(f"{name} {value:.5f}" for name, value in losses.items() if name != "loss")
-            text = (
-                f"loss {losses['loss']:.5f} ({parts})  learning rate {learning_rate:.2e}  "
-                f"{self.batch_size / step:.1f} images/s  {step:.4f} s/step  {wait:.1%} waiting for data  "
-                f"{duration((self.total - iteration) * step)} left  peak memory {values['peak_memory'] / 2**30:.2f} GiB"
-            )
+            speed, memory = f"{self.batch_size / step:.1f} images/s", f"{values['peak_memory'] / 2**30:.2f} GiB"
             if self.bar.disable:
-                self.say(f"iteration {iteration}/{self.total}  {text}")
-            else:
-                self.bar.set_postfix_str(text)
+                self.say(
+                    f"iteration {iteration}/{self.total}  loss {losses['loss']:.5f} ({parts})  "
+                    f"learning rate {learning_rate:.2e}  {speed}  {step:.4f} s/step  {wait:.1%} waiting for data  "
+                    f"{duration((self.total - iteration) * step)} left  peak memory {memory}"
+                )
+            else:  # the bar itself tells iterations, time per step and time left
+                self.bar.set_postfix_str(
+                    f"loss {losses['loss']:.5f} ({parts}), {learning_rate:.1e}, {speed}, {wait:.1%} waiting, {memory}"
+                )
                 self.bar.update(iteration - self.bar.n)
         self.restart()
 
