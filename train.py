@@ -137,9 +137,11 @@ class Run:
         self.state = new_state(config, ranks)
         self.saved: tuple[Path | None, float] = (None, time.monotonic())  # the newest checkpoint here, and since when
         remarks = self.restore(resume)
-        if self.state.micro_batch is None:
+        (undecided,) = ranks.any_of(self.state.micro_batch is None)  # they decide together, though GPUs may differ
+        if undecided:
             # Without a GPU, a process that asks for too much is killed; nothing is raised that could be caught.
             self.state.micro_batch = choose_micro_batch(self.state, config, ranks, ranks.device.type == "cuda")
+        assert self.state.micro_batch is not None
 
         self.out.mkdir(parents=True, exist_ok=True)
         if ranks.first:

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from model.checkpoints import load_checkpoint
-from model.evaluate import Pair, Upscaler, bicubic_upscaler, network_upscaler, read_pairs
 from model.metrics import Image, luma, score
+from model.pairs import Pair, read_pairs
+from model.upscalers import Upscaler, bicubic_upscaler, network_upscaler
 from prep.sample import sample_photographs
 
 matplotlib.use("Agg")  # draws without a display

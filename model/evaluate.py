@@ -34,18 +34,6 @@ from model.pictures import Picture, encode_picture
 from model.sheet import Row, make_row, write_sheet
 from model.upscalers import Upscaler, bicubic_upscaler, network_upscaler
 
-__all__ = [
-    "Pair",
-    "Upscaler",
-    "bicubic_upscaler",
-    "main",
-    "network_upscaler",
-    "pick_device",
-    "read_pairs",
-    "score_pairs",
-    "shard_pairs",
-]
-
 Watcher = Callable[[Pair, Image], None]
 
 

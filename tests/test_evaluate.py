@@ -18,17 +18,11 @@ from torch import Tensor, nn
 
 from loader import ImageDataset, ShardsError
 from model.checkpoints import load_checkpoint
-from model.evaluate import (
-    Pair,
-    bicubic_upscaler,
-    main,
-    network_upscaler,
-    read_pairs,
-    score_pairs,
-    shard_pairs,
-)
+from model.evaluate import main, score_pairs
 from model.metrics import Image, score
+from model.pairs import Pair, read_pairs, shard_pairs
 from model.shufflemixer import ShuffleMixer
+from model.upscalers import bicubic_upscaler, network_upscaler
 from prep.cli import main as prep
 from prep.images import read_image
 from prep.imresize import enlarge, imresize

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainings import ROOT, command, finish, last, start, start_ranks
+from trainings import command, finish, last, start, start_ranks
 
 from model.training.progress import read_log
 
@@ -86,4 +86,3 @@ def test_a_batch_that_cannot_be_shared_is_refused(training_shards: Path, tmp_pat
     assert [process.returncode for process in processes] == [2, 2]
     assert all("--batch-size must be a multiple of the 2 ranks, got 3" in text for text in said)
     assert not (tmp_path / "a").exists()
-    assert (ROOT / "train.py").exists()
