@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from loader import ImageDataset, PatchDataset, PatchLoader, ShardsError, to_float
-from model.atomic import write_atomically
+from loader.safefile import write_atomically
 from model.checkpoints import CheckpointError, read_raw
 from model.curves import write_curves
 from model.losses import Losses, combined

@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from model.atomic import write_atomically
+from loader.safefile import write_atomically
 from model.curves import can_draw, finish, plot
 from model.shufflemixer import ShuffleMixer, ShuffleMixerConfig
 from model.training import settings

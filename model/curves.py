@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loader.format import ShardsError
-from model.atomic import write_atomically
+from loader.safefile import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

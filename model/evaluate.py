@@ -15,7 +15,7 @@ import click
 
 from loader import ImageDataset
 from loader.format import SCALES, ShardsError
-from model.atomic import write_atomically
+from loader.safefile import write_atomically
 from model.checkpoints import CheckpointError
 from model.metrics import Image, Scores, mean_scores, score
 from model.options import (

@@ -19,7 +19,7 @@ import click
 import numpy as np
 import torch
 
-from model.atomic import write_atomically
+from loader.safefile import write_atomically
 from model.checkpoints import CheckpointError
 from model.options import Weights, describe, open_network, weights_option
 from model.shufflemixer import ShuffleMixer

@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from model.atomic import write_atomically
+from loader.safefile import write_atomically
 from model.metrics import Image, Scores, luma, psnr, score
 
 PANEL = 288  # pixels, the longer side of a crop as it is drawn, or a little less: crops grow by whole factors

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from loader.format import ShardsError
-from model.atomic import write_atomically
+from loader.safefile import write_atomically
 from model.checkpoints import CheckpointError
 from model.options import (
     Weights,

@@ -9,7 +9,8 @@ import numpy as np
 from loader import format as fmt
 from loader.format import HR, Index, Plane, ShardsError, Strings
 from loader.index import dump_index
-from prep.journal import SHARD, SKIPPED, stage, sync_folder
+from loader.safefile import sync_folder
+from prep.journal import SHARD, SKIPPED, stage
 from prep.shard import PART, Bad, Recipe, ShardRecord
 from prep.terms import MADE_BY, lr_origin
 

@@ -5,7 +5,6 @@ it, and how its source files looked. A record is written when its shard is on th
 is still `shard-00003.h5.part` where an earlier dataset needs the name until the new one is complete.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any
 
 from loader import format as fmt
 from loader.format import Shard
+from loader.safefile import sync_folder, write_staged
 from prep.shard import PART, Bad, ImageRecord, Run, ShardPlan, ShardRecord, stamps
 from prep.terms import Terms
 
@@ -125,10 +125,7 @@ def holds(path: Path, shard: Shard) -> bool:
 def stage(path: Path, data: bytes) -> Path:
     """Write a file to the disk under its temporary name, which is returned."""
     part = path.with_name(path.name + PART)
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_staged(part, data)
     return part
 
 
@@ -136,18 +133,6 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that its name never stands for less than all of it."""
     stage(path, data).rename(path)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _facts(record: ShardRecord) -> dict[str, Any]:

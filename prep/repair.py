@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from loader.format import CONTAINERS, Index, ShardsError
-from prep.journal import sync_folder
+from loader.safefile import sync_folder
 from prep.originals import Originals, recipe_of
 from prep.shard import ShardPlan, build_shard
 

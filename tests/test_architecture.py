@@ -11,29 +11,32 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OURS = ("prep", "loader", "model", "train")
 NUMPY_ONLY = {
-    "fields", "files", "format", "index", "kernel", "mapped", "pipeline", "plan", "planes", "positional", "ranges",
-    "readahead", "shards", "storage", "tiles",
+    "fields", "files", "format", "identity", "index", "kernel", "mapped", "pipeline", "plan", "planes", "positional",
+    "ranges", "readahead", "safefile", "shards", "storage", "tiles",
 }  # fmt: skip
 
 # What a module may import of ours (None: nothing), by the first rule that matches it.
 RULES: list[tuple[str, set[str]]] = [
     ("prep.", {"prep", *(f"loader.{name}" for name in NUMPY_ONLY)}),
     ("loader.", {"loader"}),
-    ("model.evaluate", {"loader", "model", "prep.imresize", "prep.images"}),
-    ("model.upscale", {"loader.format", "model", "prep.imresize", "prep.images"}),  # and model.upscalers
+    ("model.evaluate", {"prep.console", "loader", "model", "prep.imresize", "prep.images"}),
+    (
+        "model.upscale",
+        {"prep.console", "loader.format", "loader.safefile", "model", "prep.imresize", "prep.images"},
+    ),
     ("model.pairs", {"loader", "model.metrics", "prep.imresize", "prep.images"}),
     ("model.pictures", {"loader.format", "prep.images"}),
     ("model.options", {"model.checkpoints", "model.shufflemixer", "model.tiled"}),
-    ("model.export", {"model"}),
-    ("model.sheet", {"model.atomic", "model.metrics"}),
-    ("model.curves", {"loader.format", "model.atomic"}),
+    ("model.export", {"prep.console", "loader.safefile", "model"}),
+    ("model.sheet", {"loader.safefile", "model.metrics"}),
+    ("model.curves", {"prep.console", "loader.format", "loader.safefile"}),
     ("model.tiled", {"model.shufflemixer"}),
     ("model.checkpoints", {"model.shufflemixer"}),
     ("model.shufflemixer", {"model.fused"}),
     ("model.fused", {"loader.kernel"}),
     ("model.training", {"loader", "model"}),
     ("model.", set()),
-    ("train", {"loader", "model"}),
+    ("train", {"loader", "model", "prep.console"}),
 ]
 # Packages that stay out of whole parts of the house.
 BANNED = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.atomic import write_atomically
+from loader.safefile import write_atomically
 from model.losses import Losses
 from model.metrics import Scores
 from model.training.memory import peak_bytes

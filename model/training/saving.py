@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from model.atomic import write_atomically
+from loader.safefile import write_atomically
 from model.checkpoints import CheckpointError, read_raw
 
 NUMBERED = re.compile(r"iteration-(\d+)\.pt")
