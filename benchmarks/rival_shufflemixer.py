@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.shufflemixer import EXTRA_FEATURES, SHUFFLE_GROUPS, ShuffleMixerConfig
+from model.config import EXTRA_FEATURES, SHUFFLE_GROUPS, ShuffleMixerConfig
 
 
 class Norm(nn.Module):
