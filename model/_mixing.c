@@ -254,12 +254,13 @@ static PyObject *failed(Held *held)
 
 static PyObject *start(PyObject *module, PyObject *args)
 {
-    const char *path;
+    PyObject *path;
     int lanes;
     (void)module;
-    if (!PyArg_ParseTuple(args, "si", &path, &lanes))
+    if (!PyArg_ParseTuple(args, "O&i", PyUnicode_FSConverter, &path, &lanes))
         return NULL;
-    void *library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+    void *library = dlopen(PyBytes_AS_STRING(path), RTLD_LAZY | RTLD_NOLOAD);
+    Py_DECREF(path);
     void *found = library ? dlsym(library, "GOMP_parallel") : NULL;
     if (library)
         dlclose(library); /* it stays loaded: its own user holds it */

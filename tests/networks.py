@@ -1,0 +1,95 @@
+"""Networks run with the compiled kernel and without it, for the tests that compare both."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model import fused
+from model.shufflemixer import ShuffleMixer
+
+
+def small_network(**changes: Any) -> ShuffleMixer:
+    """A network that the kernel takes, with weights unlike those that networks start with."""
+    torch.manual_seed(0)
+    network = ShuffleMixer(**({"features": 32, "kernel_size": 3, "blocks": 1, "scale": 2} | changes))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return network
+
+
+@contextmanager
+def kernel_off() -> Iterator[None]:
+    """Have everything run by plain operations."""
+    kernel, fused.kernel = fused.kernel, None
+    try:
+        yield
+    finally:
+        fused.kernel = kernel
+
+
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """Collect the names of the fused operations that run forward."""
+    names: list[str] = []
+    apply = fused.apply
+
+    def noted(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+        names.append(function.__name__)
+        return apply(function, *arguments)
+
+    fused.apply = noted
+    try:
+        yield names
+    finally:
+        fused.apply = apply
+
+
+def step(network: nn.Module, lr: Tensor) -> list[Tensor | None]:
+    """Output, and gradients of the input and of all weights."""
+    torch.manual_seed(1)  # for what is random in the network
+    network.zero_grad()
+    lr = lr.clone().requires_grad_()
+    out = network(lr)
+    slope = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape).sin()
+    torch.autograd.backward(out, slope)
+    return [out.detach(), lr.grad, *(parameter.grad for parameter in network.parameters())]
+
+
+def outcome(work: Callable[[], list[Tensor | None]]) -> list[Tensor | None] | str:
+    """What work returns, or the kind of its error."""
+    try:
+        return work()
+    except Exception as error:
+        return type(error).__name__
+
+
+def assert_same(got: list[Tensor | None] | str, expected: list[Tensor | None] | str, what: str = "") -> None:
+    """Compare outcomes: the same errors, or the same values up to rounding."""
+    if isinstance(got, str) or isinstance(expected, str):
+        assert isinstance(got, str) == isinstance(expected, str), f"{what}: {got!r} instead of {expected!r}"
+        assert got == expected, what
+        return
+    for one, other in zip(got, expected, strict=True):
+        assert (one is None) == (other is None), what
+        if one is not None and other is not None:
+            assert one.shape == other.shape, what
+            difference = float((one - other).abs().max())
+            assert difference <= 2e-5 * max(float(other.abs().max()), 1e-3), f"{what}: {difference}"
+
+
+def compare(network: nn.Module, lr: Tensor, what: str = "") -> list[Tensor | None] | str:
+    """Check that a network gives the same with the kernel and without; return what it gives."""
+    state = copy.deepcopy(network.state_dict())  # of what a step changes besides gradients
+    got = outcome(lambda: step(network, lr))
+    network.load_state_dict(state)
+    with kernel_off():
+        expected = outcome(lambda: step(network, lr))
+    assert_same(got, expected, what)
+    return expected
