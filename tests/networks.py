@@ -84,11 +84,12 @@ def assert_same(got: list[Tensor | None] | str, expected: list[Tensor | None] | 
             assert difference <= 2e-5 * max(float(other.abs().max()), 1e-3), f"{what}: {difference}"
 
 
-def compare(network: nn.Module, lr: Tensor, what: str = "") -> list[Tensor | None] | str:
+def compare(network: nn.Module, lr: Tensor, what: str = "", restore: bool = True) -> list[Tensor | None] | str:
     """Check that a network gives the same with the kernel and without; return what it gives."""
     state = copy.deepcopy(network.state_dict())  # of what a step changes besides gradients
     got = outcome(lambda: step(network, lr))
-    network.load_state_dict(state)
+    if restore:
+        network.load_state_dict(state)
     with kernel_off():
         expected = outcome(lambda: step(network, lr))
     assert_same(got, expected, what)
