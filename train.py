@@ -25,6 +25,7 @@ from model.checkpoints import CheckpointError, read_raw
 from model.curves import write_curves
 from model.losses import Losses, combined
 from model.metrics import Scores
+from model.shufflemixer import why_plain
 from model.training import saving
 from model.training.memory import largest_part, tried
 from model.training.progress import Progress
@@ -153,6 +154,7 @@ class Run:
             *remarks,
             f"{config.model} x{config.scale}: {network.parameter_count():,} parameters, "
             f"{network.multiply_accumulates() / 1e9:.2f} GMACs for 1280 x 720; {config.precision} on {ranks.device}",
+            *why_plain(network, config.precision, config.compile),
             f"{len(self.data):,} samples per epoch from {config.shards}; {config.batch_size} samples a step "
             f"(ranks: {ranks.world_size}, micro-batches: {parts}, samples in each: {self.state.micro_batch}); "
             f"{self.state.iteration} iterations done",

@@ -65,6 +65,10 @@ def describe(checkpoint: Checkpoint, network: ShuffleMixer) -> str:
 def choose_tiling(network: ShuffleMixer, tile: int, overlap: int | None) -> Tiling:
     """Give tiles of that size, by default with the overlap that makes them equal to the whole; else say so, aloud."""
     radius = receptive_radius(network)
+    if radius is None:
+        if overlap is None:
+            raise click.UsageError("--tile needs --overlap: how far this edited network sees is not known")
+        return Tiling(tile, overlap)
     if overlap is not None and overlap < radius:
         click.echo(
             f"--overlap {overlap} is less than the {radius} pixels that the network sees: tiles may seam", err=True

@@ -34,6 +34,7 @@ def to_be_plain(slope: Tensor) -> bool:
         or slope.dtype is not torch.float32
         or slope.layout is not torch.strided
         or slope._is_zerotensor()
+        or torch._C._functorch.is_legacy_batchedtensor(slope)  # of several gradients at once
     )
 
 

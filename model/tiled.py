@@ -16,7 +16,8 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from model.shufflemixer import ShuffleMixer
+from model.parts import ChannelNorm, PointMlp
+from model.shufflemixer import FeatureMixingBlock, ShuffleMixer, ShuffleMixerLayer
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -65,25 +66,59 @@ def spans(length: int, tiling: Tiling) -> Iterator[Span]:
         yield Span(start, stop, max(0, start - tiling.overlap), min(length, stop + tiling.overlap))
 
 
-def receptive_radius(network: nn.Module) -> int:
-    """Tell how many LR pixels away the input can matter to an output, at most.
+# Modules that look at no other pixel, or leave it to those in them.
+LOCAL = (
+    *(ShuffleMixer, FeatureMixingBlock, ShuffleMixerLayer, PointMlp, ChannelNorm, nn.Sequential, nn.LayerNorm),
+    *(nn.Identity, nn.SiLU, nn.GELU, nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.Sigmoid, nn.Tanh, nn.Dropout),
+    *(nn.PixelShuffle, nn.RMSNorm),
+)
 
-    Each convolution of k x k looks k // 2 pixels of its own size around it, which are k // 2 LR pixels or less, and
-    those one after another add up. Counting all of the network's bounds the longest path, and also the bilinear
-    enlargement beside them, which looks at the neighbouring pixel only. 17 for tiny, 37 for base.
+
+def receptive_radius(network: nn.Module) -> int | None:
+    """Tell how many LR pixels away the input can matter to an output, at most; None if a module leaves that unknown.
+
+    Each convolution of k x k with dilation d looks d (k // 2) pixels of its own size around it, which are as many LR
+    pixels or less, and those one after another add up. Counting all of the network's bounds the longest path, and also
+    the bilinear enlargement beside them, which looks at the neighbouring pixel only. 17 for tiny, 37 for base.
     """
-    sides = [module.kernel_size for module in network.modules() if isinstance(module, nn.Conv2d)]
-    return max(1, sum(max(side) // 2 for side in sides))
+    radius = 0
+    for module in _uses(network):
+        if type(module) is nn.Conv2d and set(module.stride) == {1} and module.padding_mode != "circular":
+            sides = zip(module.kernel_size, module.dilation, _padding(module), strict=True)
+            radius += max(max(padding, (side - 1) * step - padding) for side, step, padding in sides)
+        elif type(module) not in LOCAL or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        if "forward" in vars(module):
+            return None
+    return max(1, radius)
+
+
+def _uses(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and those in it, one that stands in several places as often."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _uses(child)
+
+
+def _padding(convolution: nn.Conv2d) -> Sequence[int]:
+    if not isinstance(convolution.padding, str):
+        return convolution.padding
+    sides = zip(convolution.kernel_size, convolution.dilation, strict=True)
+    return [0 if convolution.padding == "valid" else (side - 1) * step // 2 for side, step in sides]
 
 
 def automatic_tiling(network: ShuffleMixer, height: int, width: int) -> Tiling | None:
-    """Choose tiles for an image of `height` x `width` LR pixels that keep within MEMORY; None: as a whole it does."""
+    """Choose tiles for an image of `height` x `width` LR pixels that keep within MEMORY; None: as a whole it does.
+
+    None too for a network of unknown radius, whose tiles would not give what the whole image gives.
+    """
     config = network.config
     pixels = MEMORY // (config.features * config.scale**2 * 4 * FEATURE_COPIES)
     if height * width <= pixels:
         return None
     overlap = receptive_radius(network)
-    return Tiling(max(SMALLEST, math.isqrt(pixels) - 2 * overlap), overlap)
+    return None if overlap is None else Tiling(max(SMALLEST, math.isqrt(pixels) - 2 * overlap), overlap)
 
 
 def by_tiles(

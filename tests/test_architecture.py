@@ -30,7 +30,7 @@ RULES: list[tuple[str, set[str]]] = [
     ("model.export", {"prep.console", "loader.safefile", "model"}),
     ("model.sheet", {"loader.safefile", "model.metrics"}),
     ("model.curves", {"prep.console", "loader.format", "loader.safefile"}),
-    ("model.tiled", {"model.shufflemixer"}),
+    ("model.tiled", {"model.shufflemixer", "model.parts"}),
     ("model.checkpoints", {"model.shufflemixer"}),
     ("model.shufflemixer", {"model.config", "model.parts", "model.fusable", "model.sites"}),
     ("model.sites", {"model.config", "model.parts", "model.fused", "model.fusable", "model.plainly"}),

@@ -20,6 +20,12 @@ def network(kernel_size: int = 3, blocks: int = 2, scale: int = 2) -> ShuffleMix
     return ShuffleMixer(8, kernel_size, blocks, 2, scale).eval()
 
 
+def radius_of(net: torch.nn.Module) -> int:
+    radius = receptive_radius(net)
+    assert radius is not None
+    return radius
+
+
 def image(height: int, width: int, batch: int = 1) -> Tensor:
     return torch.rand((batch, 3, height, width), generator=torch.Generator().manual_seed(height))
 
@@ -53,7 +59,7 @@ def test_radius_of_the_published_networks(name: str, radius: int, scale: int) ->
 def test_nothing_beyond_the_radius_matters(scale: int, kernel_size: int, blocks: int) -> None:
     """The gradient of the pixels made of LR pixel (c, c) ends at the radius, and reaches it."""
     net = network(kernel_size, blocks, scale)
-    radius = receptive_radius(net)
+    radius = radius_of(net)
     centre = radius + 4
     lr = image(2 * centre + 1, 2 * centre + 1).double().requires_grad_()
     inner = slice(centre * scale, (centre + 1) * scale)
@@ -71,7 +77,7 @@ def test_tiles_equal_the_whole(scale: int, tile: int) -> None:
     lr = image(61, 45, batch=2)
     with torch.inference_mode():
         whole = net(lr)
-        tiles = by_tiles(net, lr, Tiling(tile, receptive_radius(net)))
+        tiles = by_tiles(net, lr, Tiling(tile, radius_of(net)))
     assert tiles.shape == whole.shape
     torch.testing.assert_close(tiles, whole, rtol=0, atol=1e-5)
 
@@ -83,7 +89,7 @@ def test_tiles_equal_the_whole_without_parts_of_the_network(switch: str) -> None
     net = ShuffleMixer.from_config(config).eval()
     lr = image(50, 41)
     with torch.inference_mode():
-        tiles = by_tiles(net, lr, Tiling(16, receptive_radius(net)))
+        tiles = by_tiles(net, lr, Tiling(16, radius_of(net)))
         torch.testing.assert_close(tiles, net(lr), rtol=0, atol=1e-5)
 
 
@@ -104,7 +110,7 @@ def test_parts_are_finished_one_by_one() -> None:
     net = network()
     lr = image(20, 30)
     with torch.inference_mode():
-        tiles = by_tiles(net, lr, Tiling(10, receptive_radius(net)), finish)
+        tiles = by_tiles(net, lr, Tiling(10, radius_of(net)), finish)
         expected = finish(net(lr))
     assert seen[:-1] == [(1, 3, 20, 20)] * 6
     assert tiles.dtype == torch.uint8
@@ -150,5 +156,5 @@ def test_self_ensemble_by_tiles_equals_the_whole() -> None:
     averaged = self_ensemble(net := network())
     lr = image(33, 50)
     with torch.inference_mode():
-        tiles = by_tiles(averaged, lr, Tiling(20, receptive_radius(net)))
+        tiles = by_tiles(averaged, lr, Tiling(20, radius_of(net)))
         torch.testing.assert_close(tiles, averaged(lr), rtol=0, atol=1e-5)

@@ -52,6 +52,7 @@ class Ranks:
         """Let a network's gradients be the mean over all ranks, once `backward` has ended."""
         if self.world_size == 1:
             return network
+        give_strides(network)
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
 
@@ -60,6 +61,24 @@ class Ranks:
         if isinstance(network, DistributedDataParallel) and not last:
             return network.no_sync()
         return nullcontext()
+
+
+def give_strides(network: nn.Module) -> None:
+    """Give gradients their weights' strides where they differ along sides of 1: DDP's buckets have them, and it warns.
+
+    Which ones a gradient comes with depends on the device's kernels; along longer sides torch sees to it itself.
+    """
+    for weight in network.parameters():
+        if 1 in weight.shape:
+
+            def same(gradient: Tensor, strides: tuple[int, ...] = weight.stride()) -> Tensor:
+                if gradient.stride() == strides:
+                    return gradient
+                return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(
+                    gradient
+                )
+
+            weight.register_hook(same)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
