@@ -37,7 +37,7 @@ class Crew:
         with self._growing:
             while len(self._threads) < count:
                 # The thread knows the shift alone: a crew, and its owner, can go while threads are at work.
-                thread = threading.Thread(target=self._shift.run, name=self._name, daemon=True)
+                thread = _Worker(target=self._shift.run, name=self._name, daemon=True)
                 self._shift.begin()
                 try:
                     thread.start()
@@ -50,8 +50,6 @@ class Crew:
 
     def wait(self) -> None:
         """Wait until all threads have ended, and raise what `finish` raised. They must have been told to end."""
-        if threading.current_thread() in self._threads:  # called by somebody's finaliser, which may run anywhere
-            return
         if not self._threads:
             self._shift.finish()
         self._shift.ended.wait()
@@ -61,6 +59,18 @@ class Crew:
         if error := self._shift.error:
             self._shift.error = None
             raise error
+
+
+def is_worker() -> bool:
+    """Whether this thread is one of a crew. It then runs a stranger's finaliser, perhaps, and must not wait for others.
+
+    (The garbage collector runs such in any thread: in one, say, for which another one waits that is to be waited for.)
+    """
+    return isinstance(threading.current_thread(), _Worker)
+
+
+class _Worker(threading.Thread):
+    pass
 
 
 class _Shift:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
-from loader.crew import Crew
+from loader.crew import Crew, is_worker
 from loader.format import CHANNELS, ShardsError
 from loader.plan import Crops
 from loader.readahead import Reader, Ticket
@@ -90,9 +90,12 @@ class Pipeline(Iterator[tuple[Step, Batch, Batch]], Generic[Step, Batch]):
             self._turn.release()
 
     def close(self) -> None:
-        """End the threads, wait for them, and close the reader; there are no more batches then."""
+        """End the threads, wait for them, and close the reader; there are no more batches then.
+
+        In a finaliser, drop the pipeline rather than close it.
+        """
         self.stop()
-        if self._process == os.getpid():
+        if self._process == os.getpid() and not is_worker():
             self._asker.wait()
             self._gatherers.wait()
 
