@@ -84,7 +84,7 @@ def measure(folders: dict[tuple[int, int], Path], scale: int, count: int) -> lis
             data = PatchDataset(folder, scale, PATCH, seed=number)
             batches = iter(PatchLoader(data, BATCH, io="mmap"))
             cold[tiles].append(COLD_BATCHES * BATCH / seconds_of(partial(take, batches)))
-            batches.close()  # type: ignore[attr-defined]
+            batches.close()
             del data, batches
     rows = []
     for tiles, folder in folders.items():

@@ -5,23 +5,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loader.batches import PatchLoader as PatchLoader
-    from loader.batches import Stats as Stats
     from loader.batches import to_float as to_float
     from loader.dataset import Crop as Crop
     from loader.dataset import ImageDataset as ImageDataset
     from loader.dataset import PatchDataset as PatchDataset
     from loader.format import FormatError as FormatError
     from loader.format import ShardsError as ShardsError
+    from loader.stream import PatchIterator as PatchIterator
+    from loader.stream import Stats as Stats
 
 _HOMES = {
     "PatchLoader": "loader.batches",
-    "Stats": "loader.batches",
     "to_float": "loader.batches",
     "Crop": "loader.dataset",
     "ImageDataset": "loader.dataset",
     "PatchDataset": "loader.dataset",
     "FormatError": "loader.format",
     "ShardsError": "loader.format",
+    "PatchIterator": "loader.stream",
+    "Stats": "loader.stream",
 }
 __all__ = list(_HOMES)
 

@@ -1,59 +1,44 @@
 """PatchLoader: whole batches of a PatchDataset, asked of the storage and gathered ahead of time by threads."""
 
-import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
+import operator
+import os
+from collections.abc import Mapping
 from functools import partial
+from typing import Any, SupportsIndex
 
-import numpy as np
 import torch
 
-from loader.dataset import Pair, PatchDataset, channels_first, need
-from loader.format import ShardsError
-from loader.pipeline import default_readahead, run
-from loader.plan import Crops
+from loader.dataset import Pair, PatchDataset, need
+from loader.memory import Memory
+from loader.pipeline import Pipeline, default_readahead
+from loader.place import MOST_SAMPLES
 from loader.readahead import Io, open_reader
-from loader.tiles import Pixels
+from loader.room import Room
+from loader.stream import Counts, PatchIterator, Place, Share, Stats, crops_of, stream_of
 
-
-@dataclass(frozen=True)
-class Stats:
-    """What a PatchLoader did so far: batches given, seconds its user waited for them, bytes and requests asked for."""
-
-    batches: int
-    waited: float
-    bytes_asked: int
-    requests: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """The samples of one batch: global number of the first one, and how many."""
-
-    first: int
-    count: int
+MOST_AHEAD = 1 << 16  # batches
 
 
 class PatchLoader:
     """Batches (lr, hr) of a PatchDataset, for ever: uint8 (n, 3, p, p) and (n, 3, p·scale, p·scale), channels last.
 
-    The stream of samples is that of the dataset, epoch after epoch from 0 on: global sample g is sample g % L of epoch
-    g // L, with L = len(dataset). It is read in order, since the plan is random already. Step k of all ranks together
-    holds the samples from start + k·batch_size·world_size on, in order of rank, however many ranks there are.
+    Global sample g is sample g % L of epoch g // L of the dataset, with L = len(dataset). The stream is read in order,
+    since the plan is random already. It begins with the dataset's own epoch (0 until `set_epoch`). Step k of all ranks
+    together holds the samples from start + k·batch_size·world_size on, in order of rank, however many ranks there are.
 
-    Batches are made ahead of time by threads, which end with the iterator. A batch's memory is used again once nothing
-    refers to it; batches that are kept stay as they are, and keep nothing waiting.
+    Each `iter(loader)` is a PatchIterator with a place of its own; several may run at once. Batches are made ahead of
+    time by its threads, which end with it. A batch's memory is used again once nothing refers to it; batches that are
+    kept stay as they are, and keep nothing waiting. At most `threads` + 3 batches are in memory besides those. With
+    positional reads, the tiles that coming batches touch are too: at most 64 MiB of them, or two batches' where those
+    take more.
 
     Args:
-        dataset: what to read; its own epoch does not matter.
+        dataset: what to read.
         batch_size: samples in a batch, of this rank.
         rank, world_size: which share of each step to give, out of how many.
-        start: global number of the first sample.
-        epochs: end after so many; the last step may be short, but is equally so for all ranks. None: never end.
+        start: global number of the first sample; None: where the dataset's epoch starts, when iteration begins.
+        epochs: end after so many, counted from the dataset's epoch, or from sample 0 where `start` is given; the last
+            step may be short, but is equally so for all ranks. None: never end.
         io: how to ask for data: page advice ("mmap"), positional reads ("pread"), or what suits the storage ("auto").
         readahead: batches to ask the storage for before their turn; None: as many as hold 256 samples, at least 2.
         threads: that gather batches.
@@ -61,6 +46,7 @@ class PatchLoader:
         drop_pages: let go of pages after use, where the page cache counts against a limit of memory.
 
     Raises:
+        TypeError: the dataset is no PatchDataset.
         ValueError: an argument is out of its range.
     """
 
@@ -71,7 +57,7 @@ class PatchLoader:
         *,
         rank: int = 0,
         world_size: int = 1,
-        start: int = 0,
+        start: int | None = None,
         epochs: int | None = None,
         io: Io = "auto",
         readahead: int | None = None,
@@ -79,93 +65,97 @@ class PatchLoader:
         pin_memory: bool | None = None,
         drop_pages: bool = False,
     ) -> None:
-        need("batch_size", "1 or more", batch_size, batch_size >= 1)
-        need("rank", f"0 to world_size - 1 = {world_size - 1}", rank, 0 <= rank < world_size)
-        need("start", "0 or more", start, start >= 0)
-        need("epochs", "1 or more, or None", epochs, epochs is None or epochs >= 1)
+        if not isinstance(dataset, PatchDataset):
+            raise TypeError(
+                f"dataset: expected a PatchDataset, got {type(dataset).__name__}; build one dataset of all images, or "
+                "read each PatchDataset with a PatchLoader of its own, or wrap others in torch's DataLoader"
+            )
+        self.dataset = dataset
+        self.batch_size = _whole("batch_size", batch_size, 1)
+        self.world_size = _whole("world_size", world_size, 1)
+        self.rank = _whole("rank", rank, 0, self.world_size - 1, f"0 to world_size - 1 = {self.world_size - 1}")
+        self.start = None if start is None else _whole("start", start, 0)
+        self.epochs = None if epochs is None else _whole("epochs", epochs, 1, MOST_SAMPLES // len(dataset))
         need("io", '"auto", "mmap" or "pread"', io, io in ("auto", "mmap", "pread"))
-        need("readahead", "0 or more, or None", readahead, readahead is None or readahead >= 0)
-        need("threads", "1 or more", threads, threads >= 1)
-        self.dataset, self.batch_size, self.rank, self.world_size = dataset, batch_size, rank, world_size
-        self.start, self.epochs, self.io, self.threads, self.drop_pages = start, epochs, io, threads, drop_pages
-        self.readahead = default_readahead(batch_size) if readahead is None else readahead
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
-        self._memory = Memory(self.pin_memory, spare=2 * (threads + 3))
-        self._end = sys.maxsize if epochs is None else epochs * len(dataset)
-        self._next = start
-        self._batches, self._waited, self._bytes, self._requests = 0, 0.0, 0, 0
+        self.readahead = (
+            default_readahead(self.batch_size) if readahead is None else _whole("readahead", readahead, 0, MOST_AHEAD)
+        )
+        self.threads = _whole("threads", threads, 1)
+        self.io, self.drop_pages = io, bool(drop_pages)
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else bool(pin_memory)
+        self._resumed: int | None = None  # where another loader was
+        self._newest: Place | None = None  # that of the newest iterator
+        self._own = _Own(self)
 
     def __len__(self) -> int:
-        """Batches from `start` to the end; TypeError where there is none."""
+        """Batches from the start to the end; TypeError where there is none."""
         if self.epochs is None:
             raise TypeError("a PatchLoader without epochs has no length")
-        left = max(self._end - self.start, 0)
-        whole, rest = divmod(left, self.batch_size * self.world_size)
-        return whole + (rest >= self.world_size)
+        return len(self._share())
 
-    def __iter__(self) -> Iterator[Pair]:
-        """Begin at `start`."""
-        self._next = self.start
-        return self._stream()
+    def __iter__(self) -> PatchIterator:
+        """Begin at the start, or where a state was loaded that is later; what other iterators do does not matter."""
+        if self._own.process != os.getpid():
+            self._own = _Own(self)  # this process was forked: a thread that is not here may hold a lock
+        data, share, room = self.dataset, self._share(), Room()
+        reader = open_reader(data.shards, data.scale, data.lr_patch, self.io, self.drop_pages, room)
+        # What threads refer to does not lead back to the dataset: that may be the user's, and lead to the iterator.
+        draw = partial(crops_of, data.plan, len(data))
+        take = self._own.memory.take
+        pipeline = Pipeline(reader, share.steps(), draw, self.readahead, self.threads, take, room)
+        self._newest = Place(share.first)
+        return PatchIterator(data, pipeline, reader, self._own.counts, self._newest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_own"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._own = _Own(self)
 
     def stats(self) -> Stats:
         """What was done so far, by all iterators together."""
-        return Stats(self._batches, self._waited, self._bytes, self._requests)
+        return self._own.counts.stats
 
-    def state_dict(self) -> dict[str, int]:
-        """The place in the stream after the last batch given: it fits any batch size and number of ranks."""
-        return {"sample": self._next, "seed": self.dataset.seed, "length": len(self.dataset)}
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream after the last batch that the newest iterator gave.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+        It fits any batch size and number of ranks. Besides `sample` it holds what decides the stream: `length`, `seed`,
+        `scale`, `lr_patch`, `augment`, and `datasets`, a list of SHA-256 digests of the images' pixels, whatever the
+        container and the number of shards.
+        """
+        return stream_of(self.dataset).save(self._share().first if self._newest is None else self._newest.sample)
+
+    def load_state_dict(self, state: Mapping[str, Any], *, allow_other_dataset: bool = False) -> None:
         """Let the next iterator begin where another loader was.
 
+        Args:
+            state: what state_dict() gave. It is checked as if a stranger had made it.
+            allow_other_dataset: go on at that sample, though in another dataset, of another length perhaps.
+
         Raises:
-            ShardsError: that loader read another stream: its seed or its dataset's length differs.
+            ShardsError: it is no place in this stream; each difference is named.
         """
-        for key, ours in (("seed", self.dataset.seed), ("length", len(self.dataset))):
-            if state[key] != ours:
-                raise ShardsError(f"place in the sample stream: {key}: expected {ours}, got {state[key]}")
-        self.start = self._next = state["sample"]
+        self._resumed = stream_of(self.dataset).load(state, allow_other_dataset)
+        self._newest = None
 
-    def _steps(self) -> Iterator[Step]:
-        first, together = self.start, self.batch_size * self.world_size
-        while self._end - first >= self.world_size:
-            count = min(self.batch_size, (self._end - first) // self.world_size)
-            yield Step(first + self.rank * count, count)
-            first += together
-
-    def _stream(self) -> Iterator[Pair]:
-        data = self.dataset
-        reader = open_reader(data.shards, data.scale, data.lr_patch, self.io, self.drop_pages)
-        draws = (partial(crops_of, data, step) for step in self._steps())
-        with closing(run(reader, draws, self.readahead, self.threads, self._memory.take)) as batches:
-            before, asked = time.perf_counter(), reader.asked
-            for lr, hr in batches:
-                now, seen = reader.asked, asked
-                self._waited += time.perf_counter() - before
-                self._batches += 1
-                self._bytes += now.bytes - seen.bytes
-                self._requests += now.requests - seen.requests
-                asked = now
-                self._next = min(self._next + self.batch_size * self.world_size, self._end)
-                pair = channels_first(lr), channels_first(hr)
-                del lr, hr  # what nobody refers to is used again
-                yield pair
-                del pair
-                before = time.perf_counter()
+    def _share(self) -> Share:
+        """What an iterator that begins now gives."""
+        begin = self.dataset.epoch * len(self.dataset) if self.start is None else 0
+        first = begin if self.start is None else self.start
+        if self._resumed is not None:
+            first = max(self._resumed, begin)
+        end = MOST_SAMPLES if self.epochs is None else begin + self.epochs * len(self.dataset)
+        return Share(first, min(end, MOST_SAMPLES), self.batch_size, self.rank, self.world_size)
 
 
-def crops_of(dataset: PatchDataset, step: Step) -> Crops:
-    """The crops of consecutive global samples, which may lie in several epochs."""
-    parts, first, left = [], step.first, step.count
-    while left:
-        epoch, n = divmod(first, len(dataset))
-        count = min(left, len(dataset) - n)
-        parts.append(dataset.plan.crops(epoch, np.arange(n, n + count)))
-        first, left = first + count, left - count
-    if len(parts) == 1:
-        return parts[0]
-    return Crops(*(np.concatenate([vars(part)[key] for part in parts]) for key in vars(parts[0])))
+class _Own:
+    """What the iterators of a loader share within one process."""
+
+    def __init__(self, loader: PatchLoader) -> None:
+        self.process = os.getpid()
+        self.memory = Memory(loader.pin_memory, spare=2 * (loader.threads + 3))
+        self.counts = Counts()
 
 
 def to_float(batch: Pair, device: torch.device | str) -> Pair:
@@ -174,34 +164,13 @@ def to_float(batch: Pair, device: torch.device | str) -> Pair:
     return lr, hr
 
 
-class Memory:
-    """Arrays for batches, handed out again when nobody refers to them any more.
-
-    Page-locked memory is left to torch's own allocator: it knows when a copy to the GPU has ended.
-    """
-
-    def __init__(self, pinned: bool, spare: int) -> None:
-        self._pinned, self._spare = pinned, spare
-        self._arrays: deque[Pixels] = deque()
-        self._guard = threading.Lock()
-
-    def take(self, shape: tuple[int, ...]) -> Pixels:
-        """An array of that shape, of any content; any thread may ask."""
-        if self._pinned:
-            return aligned(shape, pinned=True)
-        with self._guard:
-            for i in range(len(self._arrays)):
-                # Two references: that of the deque, and that of the call. A tensor over the array adds one.
-                if self._arrays[i].shape == shape and sys.getrefcount(self._arrays[i]) <= 2:
-                    return self._arrays[i]
-            array = aligned(shape)
-            self._arrays.append(array)
-            while len(self._arrays) > self._spare:
-                self._arrays.popleft()
-            return array
-
-
-def aligned(shape: tuple[int, ...], pinned: bool = False) -> Pixels:
-    """Memory of any content that starts on a cache line, as torch gives it; numpy's does not."""
-    memory: Pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
-    return memory
+def _whole(name: str, value: SupportsIndex, least: int, most: int = MOST_SAMPLES, expected: str = "") -> int:
+    """A whole number of any type, within bounds; ValueError naming the argument for anything else."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected a whole number, got {value!r}") from None
+    if not expected:
+        expected = f"{least} or more" if number < least else f"at most {most}"
+    need(name, expected, value, least <= number <= most)
+    return number

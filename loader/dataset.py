@@ -114,7 +114,7 @@ class PatchDataset(Dataset[Pair]):
     def _reader(self) -> Reader:
         """This process's: threads do not come along when a process forks."""
         if os.getpid() not in self._readers:
-            self._readers[os.getpid()] = open_reader(self.shards, self.scale, self.lr_patch)
+            self._readers = {os.getpid(): open_reader(self.shards, self.scale, self.lr_patch)}
         return self._readers[os.getpid()]
 
     def _crops(self, samples: Sequence[int]) -> Crops:

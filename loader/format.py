@@ -6,6 +6,7 @@ shards meet only here. Columns of the index are numpy arrays, so that a million 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,12 @@ class Strings(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self._ends) - 1
+
+    def encoded(self, start: int, stop: int) -> list[bytes]:
+        """Strings `start` to `stop` as UTF-8, much faster than one by one."""
+        ends = self._ends[start : stop + 1].tolist()
+        text = self._bytes[ends[0] : ends[-1]].tobytes()
+        return [text[a - ends[0] : b - ends[0]] for a, b in pairwise(ends)]
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):

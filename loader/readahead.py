@@ -9,6 +9,7 @@ from loader.mapped import MappedReader
 from loader.plan import Crops
 from loader.planes import Asked, planes_of
 from loader.positional import PositionalReader
+from loader.room import Room
 from loader.shards import Shards
 from loader.storage import is_network
 from loader.tiles import Pixels
@@ -33,10 +34,12 @@ class Reader(Protocol):
         """Ask the storage for the bytes of a batch, without waiting for them."""
 
     def close(self) -> None:
-        """End threads and close files; tickets not gathered are void."""
+        """End threads and close files; tickets not gathered are void. Whoever drops a reader need not close it."""
 
 
-def open_reader(shards: Shards, scale: int, patch: int, io: Io = "auto", drop_pages: bool = False) -> Reader:
+def open_reader(
+    shards: Shards, scale: int, patch: int, io: Io = "auto", drop_pages: bool = False, room: Room | None = None
+) -> Reader:
     """The way of reading that suits a dataset's storage, or the one asked for.
 
     Args:
@@ -44,10 +47,12 @@ def open_reader(shards: Shards, scale: int, patch: int, io: Io = "auto", drop_pa
         scale, patch: of the crops; the patch in LR pixels.
         io: "mmap": page advice; "pread": positional reads; "auto": positional reads on network file systems.
         drop_pages: let go of pages once they were gathered, so that the page cache stays small.
+        room: bounds the memory that positional reads take before they are gathered, where one thread alone asks; once
+            it is closed, no read is begun. None: as much as is asked for.
     """
     if io == "auto":
         io = "pread" if is_network(shards.folder) else "mmap"
     planes = planes_of(shards, scale, patch)
     if io == "pread":
-        return PositionalReader(shards, planes, drop_pages)
+        return PositionalReader(shards, planes, drop_pages, room)
     return MappedReader(shards, planes, drop_pages)

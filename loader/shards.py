@@ -1,6 +1,5 @@
 """A dataset opened for reading: every image as tiles within mapped files, which each process maps when first needed."""
 
-import ctypes
 import mmap
 import os
 from pathlib import Path
@@ -11,7 +10,9 @@ from numpy.typing import NDArray
 
 from loader.files import Files, open_shard
 from loader.format import CHANNELS, FormatError, Index, ShardsError, plane_name
+from loader.identity import dataset_identity
 from loader.index import read_index
+from loader.mapping import advise, map_file
 from loader.storage import StorageWatch
 from loader.tiles import Ints, Pixels, gather_crops, kernel
 
@@ -32,6 +33,7 @@ class Shards:
         self.folder = Path(folder).absolute()
         self.index = read_index(self.folder)
         self.watch = StorageWatch()
+        self._identities: dict[int, str] = {}  # by scale
         self._maps: dict[int, Pixels] = {}
         self._address = np.zeros(len(self.index.shards), np.int64)  # 0: not mapped yet
 
@@ -48,6 +50,12 @@ class Shards:
         if scale not in self.index.scales:
             have = ", ".join(map(str, self.index.scales)) or "none"
             raise ShardsError(f"{self.folder}: scale: expected one that was built ({have}), got {scale}")
+
+    def identity(self, scale: int) -> str:
+        """What the dataset is, for a stream of that scale; see `dataset_identity`."""
+        if scale not in self._identities:
+            self._identities[scale] = dataset_identity(self.index, scale)
+        return self._identities[scale]
 
     def tiles(self, image: int, scale: int) -> Pixels:
         """One image of the plane of that scale (1: HR), as a view (rows, cols, T, T, 3) of the mapped file."""
@@ -119,7 +127,7 @@ class Shards:
             kernel.advise(address, stop - start, advice)
             return
         for at, length in zip(address.tolist(), (stop - start).tolist(), strict=True):
-            _libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(length), advice)
+            advise(at, length, advice)
 
     def _map(self, number: int) -> Pixels:
         """A shard's bytes. Threads may map it twice at once: the first map is kept, the other never used."""
@@ -130,18 +138,15 @@ class Shards:
         return self._maps[number]
 
 
-_libc = ctypes.CDLL(None)
-
-
 def _map_file(folder: Path, index: Index, number: int) -> NDArray[np.uint8]:
     shard = index.shards[number]
     descriptor = open_shard(folder, index, number)
     try:
-        mapped = mmap.mmap(descriptor, shard.bytes, access=mmap.ACCESS_READ)
+        mapped = map_file(descriptor, shard.bytes)
     except OSError as error:
         raise FormatError(f"{folder / shard.file}: expected a file that can be mapped, got {error.strerror}") from None
     finally:
         os.close(descriptor)
     # Crops are scattered: the kernel's own readahead would fetch megabytes around each page.
-    mapped.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, np.uint8)
+    advise(mapped.ctypes.data, shard.bytes, mmap.MADV_RANDOM)
+    return mapped

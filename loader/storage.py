@@ -38,9 +38,9 @@ def is_network(folder: Path) -> bool:
 
 def advice_limit(folder: Path) -> int:
     """Bytes that one word of advice (MADV_WILLNEED) makes the kernel read; it drops what goes beyond."""
-    device = folder.stat().st_dev
-    path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
     try:
+        device = folder.stat().st_dev
+        path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
         return max(int(path.read_text()) << 10, KERNEL_DEFAULT)
     except (OSError, ValueError):
         return KERNEL_DEFAULT

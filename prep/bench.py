@@ -17,12 +17,14 @@ import numpy as np
 
 from loader.files import open_shard
 from loader.format import PAGE, Index, ShardsError
-from loader.pipeline import default_readahead, run
+from loader.pipeline import Pipeline, default_readahead
 from loader.plan import Crops, Plan
 from loader.positional import READ_THREADS
 from loader.readahead import open_reader
+from loader.room import Room
 from loader.shards import Shards
 from loader.storage import file_system, is_network
+from loader.tiles import Pixels
 
 MARGIN = 1.2  # storage that gives this times what is needed keeps up
 REQUEST = 64 << 10  # bytes: about what one row of tiles of an HR crop takes
@@ -169,10 +171,15 @@ def patch_rate(
     folder: Path, need: Need, way: Way, draws: Iterator[Callable[[], Crops]], seconds: float, skip: int = 0
 ) -> float:
     """Patches per second that the loader gives in so many seconds, without the first `skip` batches."""
-    reader = open_reader(Shards(folder), need.scale, need.lr_patch, way)
+    room = Room()
+    reader = open_reader(Shards(folder), need.scale, need.lr_patch, way, room=room)
     readahead = default_readahead(need.batch_size)
     given, start = -skip, time.perf_counter()
-    with closing(run(reader, draws, readahead, need.threads, lambda shape: np.empty(shape, np.uint8))) as batches:
+
+    def take(shape: tuple[int, ...]) -> tuple[None, Pixels]:
+        return None, np.empty(shape, np.uint8)
+
+    with closing(Pipeline(reader, draws, lambda draw: draw(), readahead, need.threads, take, room)) as batches:
         for _ in batches:
             given += 1
             if given == 0:

@@ -31,11 +31,8 @@ Result = TypeVar("Result")
 
 
 def images_per_shard(count: int) -> int:
-    """The default: 16 shards, for as many cores to build at once, of 8 to 64 images; or more images, for 512 shards.
-
-    A process that reads keeps each shard open, and may often have no more than 1024 files.
-    """
-    return max(min(max(-(-count // 16), 8), 64), -(-count // 512))
+    """The default: 16 shards, for as many cores to build at once, of 8 to 64 images."""
+    return min(max(-(-count // 16), 8), 64)
 
 
 def plan_shards(images: Sequence[ImageFile], recipe: Recipe, folder: Path, lr: Path | None = None) -> list[ShardPlan]:

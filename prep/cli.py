@@ -49,9 +49,7 @@ def main() -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the dataset.  [default: shards/<folder name>]")
 @click.option("--format", "container", type=click.Choice(list(CONTAINERS)), default="hdf5", help="Kind of shards.")
 @click.option("--tile", type=int, default=64, help="Side of HR tiles in pixels, a multiple of 16.")
-@click.option(
-    "--images-per-shard", type=int, help="[default: a sixteenth of the images, but 8 to 64; or more, for 512 shards]"
-)
+@click.option("--images-per-shard", type=int, help="[default: a sixteenth of the images, but 8 to 64]")
 @click.option(
     "--lr", type=click.Path(path_type=Path), help="Pack LR images given as DIR/X4/NAMEx4.png or DIR/NAMEx4.png."
 )

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -136,7 +137,8 @@ def test_resuming_at_another_world_size(dataset: Path) -> None:
     steps = [[next(iterator) for iterator in iterators] for _ in range(5)]
     found = [sample for step in steps for sample in content(step)]
     states = [loader.state_dict() for loader in ranks]
-    assert states[0] == states[1] == {"sample": 40, "seed": 1, "length": 25}
+    stream = {"length": 25, "seed": 1, "scale": 4, "lr_patch": 8, "augment": True}
+    assert states[0] == states[1] == {"sample": 40, "datasets": [data.shards.identity(4)]} | stream
     one = PatchLoader(data, 7)
     one.load_state_dict(states[0])
     found += content(islice(one, 3))
@@ -170,6 +172,14 @@ def test_memory_is_used_again(dataset: Path) -> None:
     assert len(seen) < 20
 
 
+def wait_for(what: Callable[[], bool]) -> None:
+    """Threads are told to end, not waited for, where an iterator is dropped."""
+    until = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("srshards")]
 
@@ -182,7 +192,7 @@ def test_threads_end_with_the_iterator(dataset: Path, io: Any) -> None:
     assert threads()
     del iterator
     gc.collect()
-    assert not threads()
+    wait_for(lambda: not threads())
     assert len(list(Path("/proc/self/fd").iterdir())) <= files + 2  # mapped shards keep theirs
     list(PatchLoader(PatchDataset(dataset, 4, 8), 5, io=io, epochs=1))
     assert not threads()

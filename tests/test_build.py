@@ -241,4 +241,4 @@ def test_bad_recipes(folder: Path, tmp_path: Path, change: dict[str, object], me
 
 
 def test_default_number_of_images_per_shard() -> None:
-    assert [images_per_shard(count) for count in (1, 100, 200, 800, 3450, 85_000)] == [8, 8, 13, 50, 64, 167]
+    assert [images_per_shard(count) for count in (1, 100, 200, 800, 3450, 85_000)] == [8, 8, 13, 50, 64, 64]

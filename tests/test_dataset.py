@@ -171,7 +171,7 @@ def test_a_mapped_shard_that_shrinks_ends_the_process(folder: Path, tmp_path: Pa
         "import os, sys\nfrom loader import FormatError\nfrom loader.shards import Shards\n"
         "from loader.files import Files\nimport numpy as np\n"
         f"shards = Shards({str(out)!r})\ntiles = shards.tiles(4, 1)\nfiles = Files(shards.folder, shards.index)\n"
-        "files.descriptor(0)\nos.truncate(shards.folder / shards.index.shards[0].file, 8192)\n"
+        "files.read(0, 0, np.empty(1, np.uint8))\nos.truncate(shards.folder / shards.index.shards[0].file, 8192)\n"
         "try: files.read(0, int(shards.index.planes[1].offset[4]), np.empty(64, np.uint8))\n"
         "except FormatError as error: print(error, flush=True)\n"
         "tiles.sum()\n"

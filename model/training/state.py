@@ -50,7 +50,7 @@ def new_state(config: Config, ranks: Ranks) -> State:
     return State(network, forward, ema, optimiser, scaler)
 
 
-def to_checkpoint(state: State, place: Mapping[str, int], config: Config, ranks: Ranks) -> dict[str, Any]:
+def to_checkpoint(state: State, place: Mapping[str, Any], config: Config, ranks: Ranks) -> dict[str, Any]:
     """The content of a checkpoint, its weights in BasicSR's layout; `place` is that in the sample stream."""
 
     def plain(network: ShuffleMixer) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ def to_checkpoint(state: State, place: Mapping[str, int], config: Config, ranks:
     }
 
 
-def from_checkpoint(content: Mapping[str, Any], state: State, config: Config, ranks: Ranks) -> dict[str, int]:
+def from_checkpoint(content: Mapping[str, Any], state: State, config: Config, ranks: Ranks) -> dict[str, Any]:
     """Set a new state to that of a checkpoint, and give the place in the sample stream.
 
     The learning rate is that of `config`. Raises CheckpointError if the checkpoint is of another network or lacks
@@ -93,7 +93,7 @@ def from_checkpoint(content: Mapping[str, Any], state: State, config: Config, ra
         state.skipped, state.skipped_in_row = int(content["skipped"]), int(content["skipped_in_row"])
         if config.micro_batch == AUTO and content["micro_batch_for"] == _memory_needs(config, ranks):
             state.micro_batch = min(int(content["micro_batch"]), config.share(ranks.world_size))
-        return {name: int(value) for name, value in content["place"].items()}
+        return dict(content["place"])
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"expected a checkpoint of such a run of train.py; missing or wrong: {error}") from error
 
