@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from loader.arguments import need as need
 from loader.format import CHANNELS, HR, ShardsError, Strings
 from loader.plan import Crops, Plan
 from loader.readahead import Reader, open_reader
@@ -182,9 +183,3 @@ class ImageDataset(Dataset[Pair]):
 def channels_first(images: Pixels) -> Tensor:
     """(n, h, w, 3) in memory, seen as (n, 3, h, w): a channels-last tensor, without a copy."""
     return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-
-def need(name: str, expected: str, got: object, holds: bool) -> None:
-    """Raise ValueError about an argument unless what it needs holds."""
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
