@@ -2,6 +2,8 @@
 
 import hashlib
 
+import numpy as np
+
 from loader.format import HR, Index
 
 
@@ -10,11 +12,14 @@ def dataset_identity(index: Index, scale: int) -> str:
 
     It covers name, height, width, and the CRC-32 of the stored HR and LR of each image, and the tiles' sides, which
     the checksums depend on. It is the same for another container, other shards, or another version of the program.
+
+    The bytes hashed are a line of text, then the columns one after another as little-endian int64, then the length of
+    each name (UTF-8 bytes, int64 again), then the names. Checkpoints hold the digest: these bytes must never change.
     """
     high, low = index.planes[HR], index.planes[scale]
-    digest = hashlib.sha256(f"{scale} {high.tile} {low.tile}\n".encode())
-    columns = zip(index.height, index.width, high.crc32, low.crc32, strict=True)
-    for i, (height, width, hr, lr) in enumerate(columns):
-        name = index.name[i].encode()
-        digest.update(b"%d %b %d %d %d %d\n" % (len(name), name, height, width, hr, lr))
+    names, lengths = index.name.encoded()
+    digest = hashlib.sha256(f"srshards identity 1: x{scale} {high.tile} {low.tile} {len(lengths)}\n".encode())
+    for column in (index.height, index.width, high.crc32, low.crc32, lengths):
+        digest.update(np.ascontiguousarray(column, "<i8"))  # type: ignore[arg-type]
+    digest.update(names)
     return digest.hexdigest()
