@@ -17,16 +17,19 @@ KERNEL_DEFAULT = 128 << 10  # Linux's read_ahead_kb where nobody set it
 def file_system(folder: Path) -> str:
     """The type of the file system that a folder lies on, as the mount table names it; "unknown" without a table."""
     try:
-        table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+        table = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
     except OSError:
         return "unknown"
-    place, best = folder.resolve(), (-1, "unknown")
-    for line in table.splitlines():
+    # A mount that died does not resolve, and need not: realpath goes as far as it can.
+    place, best = Path(os.path.realpath(folder)), (-1, "unknown")
+    for line in table.split("\n"):
         mount, _, rest = line.partition(" - ")
+        if len(mount.split(" ")) < 5 or not rest:
+            continue
         # Spaces and the like are written as octal escapes (proc(5)).
-        point = Path(re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), mount.split()[4]))
+        point = Path(re.sub(r"\\([0-3][0-7]{2})", lambda match: chr(int(match[1], 8)), mount.split(" ")[4]))
         if place.is_relative_to(point) and len(point.parts) >= best[0]:  # later lines are mounted over earlier ones
-            best = (len(point.parts), rest.split()[0])
+            best = (len(point.parts), rest.split(" ")[0])
     return best[1]
 
 
@@ -38,9 +41,9 @@ def is_network(folder: Path) -> bool:
 
 def advice_limit(folder: Path) -> int:
     """Bytes that one word of advice (MADV_WILLNEED) makes the kernel read; it drops what goes beyond."""
-    device = folder.stat().st_dev
-    path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
     try:
+        device = folder.stat().st_dev
+        path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
         return max(int(path.read_text()) << 10, KERNEL_DEFAULT)
     except (OSError, ValueError):
         return KERNEL_DEFAULT
