@@ -4,10 +4,10 @@ import operator
 import os
 from pathlib import Path
 
-from loader.format import one_line
+from loader.format import ShardsError, one_line
 
 
-def whole(name: str, value: object, low: int, high: int | None = None) -> int:
+def whole(name: str, value: object, low: int | None, high: int | None = None) -> int:
     """Return an argument as int: anything that is a whole number by type (`operator.index`), from low to high.
 
     NumPy integers and 0-d integer tensors are; floats, text and booleans are not.
@@ -15,17 +15,20 @@ def whole(name: str, value: object, low: int, high: int | None = None) -> int:
     Args:
         name: the argument, for messages.
         value: what the caller gave.
-        low, high: bounds, both included; None: no upper one.
+        low, high: bounds, both included; None: no such bound.
 
     Raises:
         TypeError: it is no whole number.
         ValueError: it is out of range.
     """
-    span = f"{low} or more" if high is None else f"{low} to {high}"
+    if low is None:
+        span = "any" if high is None else f"up to {high}"
+    else:
+        span = f"{low} or more" if high is None else f"{low} to {high}"
     number = as_integer(value)
     if number is None:
         raise TypeError(f"{name}: expected a whole number, {span}, got {describe(value)}")
-    if number < low or (high is not None and number > high):
+    if (low is not None and number < low) or (high is not None and number > high):
         raise ValueError(f"{name}: expected {span}, got {describe(number)}")
     return number
 
@@ -53,13 +56,14 @@ def folder_path(name: str, value: object) -> Path:
 
     Raises:
         TypeError: it is no path.
-        ValueError: it is empty, as an unset variable of a shell is; Path("") would be the working directory.
+        ShardsError: it is empty, as an unset variable of a shell is: that would be the working directory.
     """
     try:
         text = os.fsdecode(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name}: expected the path of a folder, got {describe(value)}") from None
-    need(name, "the path of a folder", value, text != "" and "\0" not in text)
+    if text == "" or "\0" in text:
+        raise ShardsError(f"{name}: expected the path of a folder, got {describe(value)}")
     return Path(text)
 
 

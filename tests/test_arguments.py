@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loader.arguments import flag, folder_path, whole
+from loader.format import ShardsError
 
 
 @pytest.mark.parametrize("value", [3, np.int8(3), np.uint64(3), np.array(3), torch.tensor(3), torch.tensor(3).int()])
@@ -31,6 +32,9 @@ def test_what_is_no_whole_number(value: Any) -> None:
 
 def test_bounds() -> None:
     assert whole("n", 1 << 70, 1) == 1 << 70
+    assert whole("n", -5, None) == -5
+    with pytest.raises(TypeError, match="^n: expected a whole number, any, got '5'$"):
+        whole("n", "5", None)
     with pytest.raises(ValueError, match="^n: expected 1 or more, got 0$"):
         whole("n", 0, 1)
     with pytest.raises(ValueError, match="^n: expected 1 to 5, got 6$"):
@@ -62,7 +66,7 @@ def test_flags() -> None:
 def test_folders() -> None:
     assert folder_path("folder", "a") == folder_path("folder", Path("a")) == folder_path("folder", b"a") == Path("a")
     for empty in ("", b"", "a\0b"):
-        with pytest.raises(ValueError, match="^folder: expected the path of a folder, got "):
+        with pytest.raises(ShardsError, match="^folder: expected the path of a folder, got "):
             folder_path("folder", empty)
     for wrong in (None, 3, ["a"]):
         with pytest.raises(TypeError, match="^folder: expected the path of a folder, got "):
