@@ -165,7 +165,8 @@ class PatchDataset(_OfShards):
     def set_epoch(self, epoch: int) -> None:
         """Draw the samples of that epoch (0 or more) from now on, in this process and in DataLoader workers.
 
-        With `fixed=True` the crops stay those of epoch 0.
+        With `fixed=True` the crops stay those of epoch 0. To say the same epoch again is to mean it: no warning counts
+        what was drawn before.
         """
         epoch = whole("epoch", epoch, 0)
         need("epoch", f"at most {MAX_SAMPLES}", epoch, epoch <= MAX_SAMPLES)

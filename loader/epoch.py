@@ -49,15 +49,14 @@ class EpochState:
 
     @property
     def epoch(self) -> int:
-        """The epoch; a new one begins a new record, the same again does not."""
+        """The epoch; setting it begins a new record, be it to the same one: who sets it knows what is drawn."""
         return int(self._words[0])
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        if epoch != self.epoch:
-            self._words[0] = epoch
-            self._counts[:] = 0
-            self._seen[:] = 0
+        self._words[0] = epoch
+        self._counts[:] = 0
+        self._seen[:] = 0
 
     def repeats(self, samples: NDArray[np.int64]) -> bool:
         """Record samples as drawn, and tell, once, that crops are being drawn all over again.

@@ -17,7 +17,7 @@ KERNEL_DEFAULT = 128 << 10  # Linux's read_ahead_kb where nobody set it
 def file_system(folder: Path) -> str:
     """The type of the file system that a folder lies on, as the mount table names it; "unknown" without a table."""
     try:
-        table = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
+        table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return "unknown"
     # A mount that died does not resolve, and need not: realpath goes as far as it can.

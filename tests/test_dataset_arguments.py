@@ -329,6 +329,7 @@ def test_odd_mount_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         b"22 1 0:3 / / rw - ext4 /dev/a rw", b"23 1 0:4 / " + os.fsencode(place) + b" rw - fuse.sshfs x rw",
         b"24 1 0:5 / /\xff\\040x rw - nfs x rw", b"\x85\x1c",
     ]  # fmt: skip
-    monkeypatch.setattr(Path, "read_bytes", lambda self: b"\n".join(rows))
+    table = b"\n".join(rows).decode("utf-8", "surrogateescape")
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: table)
     assert storage_module.file_system(tmp_path) == "fuse.sshfs"
     assert storage_module.is_network(tmp_path)
