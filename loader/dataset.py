@@ -271,8 +271,15 @@ class ImageDataset(_OfShards):
 
     def __getitem__(self, item: int | str) -> Pair:
         number = self._number(item)
-        lr, hr = self.shards.read(number, self._scale), self.shards.read(number, HR)
-        hr = np.ascontiguousarray(hr[: lr.shape[0] * self._scale, : lr.shape[1] * self._scale])
+        try:
+            lr, hr = self.shards.read(number, self._scale), self.shards.read(number, HR)
+            hr = np.ascontiguousarray(hr[: lr.shape[0] * self._scale, : lr.shape[1] * self._scale])
+        except MemoryError:
+            height, width = (int(sizes[number]) for sizes in self.shards.index.sizes(HR))
+            raise ShardsError(
+                f"{self.shards.folder}: image {self.names[number]!r}: expected memory for {height} × {width} pixels, "
+                "got less"
+            ) from None
         return channels_first(lr[None])[0], channels_first(hr[None])[0]
 
     def __iter__(self) -> Iterator[Pair]:

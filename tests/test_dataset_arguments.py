@@ -333,3 +333,12 @@ def test_odd_mount_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Path, "read_text", lambda self, **_: table)
     assert storage_module.file_system(tmp_path) == "fuse.sshfs"
     assert storage_module.is_network(tmp_path)
+
+
+def test_an_image_that_memory_cannot_hold(images: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def huge(*_: object) -> None:
+        raise MemoryError("Unable to allocate 3 TiB")
+
+    monkeypatch.setattr(images.shards, "read", huge)
+    with pytest.raises(ShardsError, match="image 'a': expected memory for 128 × 192 pixels, got less"):
+        images[0]
