@@ -240,6 +240,18 @@ def test_a_pickled_dataset_shares_with_its_own_workers(dataset: Path) -> None:
     assert torch.equal(drawn[2][5], data[5][1])
 
 
+def test_a_dataset_handed_over_by_multiprocessing_shares(dataset: Path) -> None:
+    queue = torch.multiprocessing.get_context("fork").SimpleQueue()
+    data = make(dataset)
+    queue.put(data)
+    other = queue.get()
+    data.set_epoch(9)
+    assert other.epoch == 9
+    assert not told(lambda: list(data))
+    assert len(told(lambda: list(other))) == 1
+    queue.close()
+
+
 def test_descriptors_end_with_the_dataset(dataset: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):

@@ -5,6 +5,7 @@ not there unless the call must be refused: what is at an address cannot be check
 """
 
 import mmap
+import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,8 @@ REFUSED = (TypeError, ValueError, OverflowError, BufferError)
 WRAP = ((1 << 63) - 1, -(1 << 63), -1)
 WAYS = [pytest.param(kernel, id="compiled"), pytest.param(None, id="fallback")]
 GUARD = 99
+SEED = os.environ.get("SRSHARDS_FUZZ_SEED", "0")
+ROUNDS = 200 * max(1, int(float(os.environ.get("SRSHARDS_FUZZ_SECONDS", "1"))))
 needs_kernel = pytest.mark.skipif(kernel is None, reason="the compiled kernel is not in use here")
 
 
@@ -67,8 +70,8 @@ class Call:
 
 
 def test_right_calls(way: Any) -> None:
-    for n in range(200 if way else 60):
-        call = Call(random.Random(n))
+    for n in range(ROUNDS if way else 60):
+        call = Call(random.Random(f"{SEED}/{n}"))
         gather_crops(call.address, call.cols, call.top, call.left, call.transform, call.tile, call.out)
         call.hold()
 

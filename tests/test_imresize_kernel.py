@@ -3,6 +3,7 @@
 `make test-sanitized` runs these under AddressSanitizer and UBSan as well.
 """
 
+import os
 import random
 from typing import Any
 
@@ -14,6 +15,8 @@ from prep.imresize import _weights, _window, imresize, kernel
 
 REFUSED = (TypeError, ValueError, OverflowError, BufferError, MemoryError)
 GUARD = 99
+SEED = os.environ.get("SRSHARDS_FUZZ_SEED", "0")
+ROUNDS = 60 * max(1, int(float(os.environ.get("SRSHARDS_FUZZ_SECONDS", "1"))))
 NAMES = (
     "image", "height", "width", "channels", "rows", "out_height", "cols", "out_width", "numerators", "taps", "out",
 )  # fmt: skip
@@ -49,8 +52,8 @@ class Call:
 @needs_kernel
 def test_right_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "kernel", None)
-    for n in range(60):
-        call = Call(random.Random(n))
+    for n in range(ROUNDS):
+        call = Call(random.Random(f"{SEED}/{n}"))
         call.run()
         np.testing.assert_array_equal(call.out, imresize(call.image, call.scale, border=call.border))  # type: ignore[arg-type]
         assert (call.memory[[0, -1]] == GUARD).all()
