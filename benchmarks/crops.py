@@ -38,13 +38,7 @@ class Task:
 
     def dataset(self, augment: bool = False) -> PatchDataset:
         """The dataset; its sample k is that of number `numbers[k]` of the plan."""
-        data = PatchDataset(
-            self.folder / "shards", self.scale, self.lr_patch, len(self.numbers), augment=augment, too_small="skip"
-        )
-        if not np.array_equal(self.numbers, np.arange(len(self.numbers))):
-            sizes = data.shards.index.sizes(self.scale)
-            data.plan = Picked(*sizes, self.lr_patch, data.seed, augment, self.numbers)
-        return data
+        return PickedDataset(self, augment)
 
     def crops(self) -> Crops:
         """Where the samples come from."""
@@ -63,6 +57,24 @@ class Picked(Plan):
     def crops(self, epoch: int, samples: ArrayLike) -> Crops:
         """See Plan."""
         return super().crops(epoch, self._numbers[np.asarray(samples, np.int64)])
+
+
+class PickedDataset(PatchDataset):
+    """A dataset over such a plan. Benchmarks draw the same crops again and again."""
+
+    def __init__(self, task: Task, augment: bool) -> None:
+        count, self.numbers = len(task.numbers), task.numbers
+        super().__init__(
+            task.folder / "shards", task.scale, task.lr_patch, count, augment=augment, too_small="skip", fixed=True
+        )
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, in which the samples are numbered anew."""
+        if self._plan is None:
+            sizes = self.shards.index.sizes(self.scale)
+            self._plan = Picked(*sizes, self.lr_patch, self.seed, self.augment, self.numbers)
+        return self._plan
 
 
 def touched(data: PatchDataset, crops: Crops) -> Ranges:

@@ -3,7 +3,7 @@
    Tiles lie in many places, which the processor cannot guess: the cache is asked for the coming ones while others are
    copied. Rows are copied one by one, mirrored or not, each from all tiles that it crosses. Transposed crops are taken
    tile by tile, in blocks that are turned in vector registers. Addresses come from loader.shards, which has checked
-   them against the mapped files. */
+   the crops against the mapped files. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -286,6 +286,7 @@ INLINE void gather_columns(const Crop *crop, uint8_t *out)
                 .from = line + in_x * CHANNELS,
                 .next = line, /* the last piece asks for itself */
                 .to = out + y * line_step + x * pixel_step,
+                .next_to = out,
                 .lines = lines,
                 .pixels = pixels = tile - in_x < crop->width - x ? tile - in_x : crop->width - x,
                 .from_step = tile_row,
@@ -317,80 +318,185 @@ static void gather_crop(const Crop *crop, const Crop *next, int large, uint8_t *
         gather_lines(crop, next, 0, large, out);
 }
 
+/* Arguments: everything is checked here that can be, since anyone may call these functions. What cannot be checked is
+   whether there is memory at the addresses: for that the caller answers. */
+
+/* A C-contiguous array of native integers of `size` bytes, signed or not, as `kind` is 'i' or 'u'; else an exception.
+   The buffer is to be released only if there was none. */
+static int take_array(PyObject *object, const char *name, Py_ssize_t size, char kind, int flags, Py_buffer *view)
+{
+    if (PyObject_GetBuffer(object, view, PyBUF_ND | PyBUF_FORMAT | flags) != 0)
+        return 0;
+    const char *format = view->format == NULL ? "B" : view->format;
+    if (*format == '@' || *format == '=')
+        format++;
+    if (view->itemsize == size && *format != '\0' && format[1] == '\0' &&
+        strchr(kind == 'u' ? "BHILQN" : "bhilqn", *format) != NULL)
+        return 1;
+    PyErr_Format(PyExc_TypeError, "%s: expected a C-contiguous array of %s, got items of format '%.20s'", name,
+                 kind == 'u' ? "uint8" : "int64", view->format == NULL ? "B" : view->format);
+    PyBuffer_Release(view);
+    return 0;
+}
+
+/* A copy of a column of int64, so that nobody changes what was checked, to be freed; else NULL and an exception.
+   `count` is that of the first column, -1 when that is being read. */
+static int64_t *take_column(PyObject *object, const char *name, Py_ssize_t *count)
+{
+    Py_buffer view;
+    int64_t *values = NULL;
+
+    if (!take_array(object, name, sizeof(int64_t), 'i', 0, &view))
+        return NULL;
+    if (*count < 0 && view.ndim == 1)
+        *count = view.shape[0];
+    if (view.ndim != 1 || view.shape[0] != *count)
+        PyErr_Format(PyExc_ValueError, "%s: the arrays' lengths do not fit one another: expected %zd entries, got %zd",
+                     name, *count, view.len / view.itemsize);
+    else if ((values = PyMem_Malloc(view.len > 0 ? (size_t)view.len : 1)) == NULL)
+        PyErr_NoMemory();
+    else if (view.len > 0)
+        memcpy(values, view.buf, (size_t)view.len);
+    PyBuffer_Release(&view);
+    return values;
+}
+
+/* What is wrong with a crop, or NULL. Nothing that is computed from one that passes can overflow: the kernel looks
+   LINES_AHEAD lines beyond a crop, without reading there. */
+static const char *wrong_with(const Crop *crop)
+{
+    int64_t right, bottom, bytes;
+
+    if ((uint64_t)crop->transform > 7)
+        return "transform: expected 0 to 7";
+    if ((crop->transform & TRANSPOSE) && crop->height != crop->width)
+        return "transform: expected square crops where one is transposed";
+    if (crop->top < 0 || crop->left < 0)
+        return "top, left: expected 0 or more";
+    if (__builtin_add_overflow(crop->left, crop->width, &right) ||
+        __builtin_mul_overflow(crop->cols, crop->tile, &bytes) || crop->cols < 1 || right > bytes)
+        return "left: expected a crop within its rows of tiles";
+    if (__builtin_mul_overflow(bytes, crop->tile * CHANNELS, &bytes) ||
+        __builtin_add_overflow(crop->top, crop->height, &bottom) ||
+        __builtin_add_overflow(bottom, (LINES_AHEAD + 1) * crop->tile, &bottom) ||
+        __builtin_mul_overflow(bytes, bottom / crop->tile + 1, &bytes) ||
+        (uint64_t)(uintptr_t)crop->tiles > (uint64_t)INTPTR_MAX - (uint64_t)bytes || bytes > INTPTR_MAX)
+        return "top: expected a crop within the address space";
+    if (crop->tiles == NULL)
+        return "address: expected one, got 0";
+    return NULL;
+}
+
+enum { ADDRESS, COLS, TOP, LEFT, TRANSFORM, COLUMNS };
+static const char *const column_names[COLUMNS] = {"address", "cols", "top", "left", "transform"};
+
 static PyObject *gather(PyObject *module, PyObject *args)
 {
-    Py_buffer column[5], out; /* address, cols, top, left, transform */
-    Py_ssize_t tile, height, width;
+    PyObject *given[COLUMNS], *given_out, *result = NULL;
+    int64_t *values[COLUMNS] = {NULL};
+    Py_ssize_t tile, height, width, count = -1, size = 0;
+    Py_buffer out = {0};
+    const char *problem = NULL;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*y*nnnw*", &column[0], &column[1], &column[2], &column[3], &column[4], &tile,
-                          &height, &width, &out))
+    if (!PyArg_ParseTuple(args, "OOOOOnnnO", &given[0], &given[1], &given[2], &given[3], &given[4], &tile, &height,
+                          &width, &given_out))
         return NULL;
+    if (!take_array(given_out, "out", 1, 'u', PyBUF_WRITABLE, &out))
+        return NULL;
+    for (int i = 0; i < COLUMNS; i++)
+        if ((values[i] = take_column(given[i], column_names[i], &count)) == NULL)
+            goto done;
 
-    const Py_ssize_t bytes = column[0].len, count = bytes / (Py_ssize_t)sizeof(int64_t);
-    int fits = tile > 0 && height > 0 && width > 0 && out.len == count * height * width * CHANNELS;
-    for (int i = 1; i < 5; i++)
-        fits = fits && column[i].len == bytes;
-    if (fits) {
-        const int64_t *values[5];
-        uint8_t *to = out.buf;
-        for (int i = 0; i < 5; i++)
-            values[i] = column[i].buf;
-        Py_BEGIN_ALLOW_THREADS
-        Crop crop, next = {0};
-        for (Py_ssize_t i = count; i >= 0; i--) { /* one early, since each needs to know the next */
-            crop = next;
-            if (i > 0)
-                next = (Crop){(const uint8_t *)(intptr_t)values[0][i - 1], values[1][i - 1], tile, values[2][i - 1],
-                              values[3][i - 1], height, width, values[4][i - 1]};
-            if (i < count)
-                gather_crop(&crop, &next, out.len >= LARGE, to + i * height * width * CHANNELS);
-        }
+    if (tile < 1 || height < 1 || width < 1 || tile >= 1 << 30 || height >= 1 << 30 || width >= 1 << 30)
+        problem = "tile, height, width: expected 1 to 2**30 - 1";
+    else if (__builtin_mul_overflow(height, width, &size) || __builtin_mul_overflow(size, CHANNELS, &size) ||
+             out.ndim != 4 ||
+             out.shape[0] != count || out.shape[1] != height || out.shape[2] != width || out.shape[3] != CHANNELS)
+        problem = "out: the arrays' lengths do not fit one another: expected (n, height, width, 3)";
+    for (Py_ssize_t i = 0; i < count && problem == NULL; i++) {
+        const Crop crop = {(const uint8_t *)(intptr_t)values[ADDRESS][i], values[COLS][i], tile, values[TOP][i],
+                           values[LEFT][i], height, width, values[TRANSFORM][i]};
+        problem = wrong_with(&crop);
+    }
+    if (problem != NULL) {
+        PyErr_Format(PyExc_ValueError, "gather: %s", problem);
+        goto done;
+    }
+    uint8_t *to = out.buf;
+    Py_BEGIN_ALLOW_THREADS
+    Crop crop, next = {0};
+    for (Py_ssize_t i = count; i >= 0; i--) { /* one early, since each needs to know the next */
+        crop = next;
+        if (i > 0)
+            next = (Crop){(const uint8_t *)(intptr_t)values[ADDRESS][i - 1], values[COLS][i - 1], tile,
+                          values[TOP][i - 1], values[LEFT][i - 1], height, width, values[TRANSFORM][i - 1]};
+        if (i < count)
+            gather_crop(&crop, &next, out.len >= LARGE, to + i * size);
+    }
 #if defined(__SSE2__)
-        _mm_sfence(); /* what was streamed is there for other threads */
+    _mm_sfence(); /* what was streamed is there for other threads */
 #endif
-        Py_END_ALLOW_THREADS
-    }
-    for (int i = 0; i < 5; i++)
-        PyBuffer_Release(&column[i]);
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
+
+done:
+    for (int i = 0; i < COLUMNS; i++)
+        PyMem_Free(values[i]);
     PyBuffer_Release(&out);
-    if (!fits) {
-        PyErr_SetString(PyExc_ValueError, "gather: the arrays' lengths do not fit one another");
-        return NULL;
-    }
-    Py_RETURN_NONE;
+    return result;
 }
 
 static PyObject *advise(PyObject *module, PyObject *args)
 {
-    Py_buffer address, length;
+    PyObject *given_address, *given_length, *result = NULL;
+    int64_t *address, *length = NULL;
+    Py_ssize_t count = -1;
     int advice;
+    const char *problem = NULL;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*y*i", &address, &length, &advice))
+    if (!PyArg_ParseTuple(args, "OOi", &given_address, &given_length, &advice))
         return NULL;
-    const Py_ssize_t count = address.len / (Py_ssize_t)sizeof(int64_t);
-    const int fits = length.len == address.len;
-    if (fits) {
-        const int64_t *at = address.buf, *bytes = length.buf;
-        Py_BEGIN_ALLOW_THREADS
-        for (Py_ssize_t i = 0; i < count; i++)
-            (void)madvise((void *)(intptr_t)at[i], (size_t)bytes[i], advice); /* advice may be declined */
-        Py_END_ALLOW_THREADS
+    if ((address = take_column(given_address, "address", &count)) == NULL ||
+        (length = take_column(given_length, "length", &count)) == NULL)
+        goto done;
+    /* Others change what is in memory, or what children inherit. */
+    if (advice != MADV_NORMAL && advice != MADV_RANDOM && advice != MADV_SEQUENTIAL && advice != MADV_WILLNEED &&
+        advice != MADV_DONTNEED)
+        problem = "advice: expected MADV_NORMAL, RANDOM, SEQUENTIAL, WILLNEED or DONTNEED";
+    for (Py_ssize_t i = 0; i < count && problem == NULL; i++)
+        if (address[i] <= 0 || length[i] < 0 || length[i] > INTPTR_MAX - address[i])
+            problem = "address, length: expected ranges within the address space";
+    if (problem != NULL) {
+        PyErr_Format(PyExc_ValueError, "advise: %s", problem);
+        goto done;
     }
-    PyBuffer_Release(&address);
-    PyBuffer_Release(&length);
-    if (!fits) {
-        PyErr_SetString(PyExc_ValueError, "advise: as many addresses as lengths are needed");
-        return NULL;
-    }
-    Py_RETURN_NONE;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < count; i++)
+        (void)madvise((void *)(intptr_t)address[i], (size_t)length[i], advice); /* advice may be declined */
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
+
+done:
+    PyMem_Free(address);
+    PyMem_Free(length);
+    return result;
 }
 
 static PyMethodDef methods[] = {
     {"gather", gather, METH_VARARGS,
-     "gather(address, cols, top, left, transform, tile, height, width, out): one crop per int64 entry into out."},
-    {"advise", advise, METH_VARARGS, "advise(address, length, advice): madvise for each int64 range of whole pages."},
+     "gather(address, cols, top, left, transform, tile, height, width, out)\n\n"
+     "Copy one crop per entry of the int64 arrays (n,) into out, uint8 (n, height, width, 3).\n\n"
+     "Raises TypeError or ValueError for arrays of another kind or length, crops that begin before their image or\n"
+     "reach beyond their rows of tiles, transforms beyond 0 to 7, and sizes that overflow. The addresses cannot be\n"
+     "checked: the caller answers for the memory from each of them to the end of the crop's last row of tiles."},
+    {"advise", advise, METH_VARARGS,
+     "advise(address, length, advice)\n\n"
+     "Call madvise for each range of the int64 arrays (n,). Advice that the system declines is no error.\n\n"
+     "Raises TypeError or ValueError for arrays of another kind or length, negative ranges, and advice that does\n"
+     "more than say how memory will be used. The addresses cannot be checked: MADV_DONTNEED drops what private\n"
+     "memory holds."},
     {NULL, NULL, 0, NULL},
 };
 

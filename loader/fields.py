@@ -20,7 +20,8 @@ def load(text: bytes, where: str) -> Any:
     """Parse JSON that may hold neither floats nor a key twice.
 
     Raises:
-        FormatError: also for text that is not UTF-8, or nested too deeply, or with numbers of thousands of digits.
+        FormatError: also for text that is not UTF-8, or nested too deeply, or with numbers of thousands of digits, or
+            too large for memory.
     """
 
     def no_floats(number: str) -> NoReturn:
@@ -35,8 +36,9 @@ def load(text: bytes, where: str) -> Any:
 
     try:
         return json.loads(text.decode(), parse_float=no_floats, parse_constant=no_floats, object_pairs_hook=no_doubles)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: expected a JSON object in UTF-8, got {error}") from None
+    except (ValueError, RecursionError, OverflowError, MemoryError) as error:
+        got = str(error) or type(error).__name__
+        raise FormatError(f"{where}: expected a JSON object in UTF-8, got {got}") from None
 
 
 class Fields:

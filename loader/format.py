@@ -6,7 +6,6 @@ shards meet only here. Columns of the index are numpy arrays, so that a million 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,21 @@ TILES = (16, 1024)  # smallest and largest tile; tiles are multiples of 16
 
 
 class ShardsError(Exception):
-    """Root of the errors that a user can mend; its text says what, where, what was expected and what was got."""
+    """Root of the errors that a user can mend; its text says what, where, what was expected and what was got.
+
+    Foreign text in it is printable: everything but the line breaks between its lines is escaped.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__("\n".join(map(one_line, text.split("\n"))))
 
 
 class FormatError(ShardsError):
     """A dataset that does not keep to the format, told in one line."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(one_line(text))
+        # torch's DataLoader raises a worker's error again, below the worker's traceback: its lines stay lines.
+        super().__init__(text if text.startswith("Caught FormatError in ") else one_line(text))
 
 
 class Strings(Sequence[str]):
@@ -49,12 +55,6 @@ class Strings(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def encoded(self, start: int, stop: int) -> list[bytes]:
-        """Strings `start` to `stop` as UTF-8, much faster than one by one."""
-        ends = self._ends[start : stop + 1].tolist()
-        text = self._bytes[ends[0] : ends[-1]].tobytes()
-        return [text[a - ends[0] : b - ends[0]] for a, b in pairwise(ends)]
-
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
@@ -62,6 +62,10 @@ class Strings(Sequence[str]):
             raise IndexError(f"{i} is not in a column of {len(self)}")
         i %= len(self)
         return self._bytes[self._ends[i] : self._ends[i + 1]].tobytes().decode()
+
+    def encoded(self) -> tuple[bytes, NDArray[np.int64]]:
+        """The UTF-8 bytes of all strings, one after another, and the length of each."""
+        return self._bytes.tobytes(), np.diff(self._ends)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 import hashlib
 
-from loader.format import HR, Index
+import numpy as np
 
-_AT_ONCE = 1 << 14  # images: few enough for their lines to stay in the processor's cache
+from loader.format import HR, Index
 
 
 def dataset_identity(index: Index, scale: int) -> str:
@@ -12,17 +12,14 @@ def dataset_identity(index: Index, scale: int) -> str:
 
     It covers name, height, width, and the CRC-32 of the stored HR and LR of each image, and the tiles' sides, which
     the checksums depend on. It is the same for another container, other shards, or another version of the program.
+
+    The bytes hashed are a line of text, then the columns one after another as little-endian int64, then the length of
+    each name (UTF-8 bytes, int64 again), then the names. Checkpoints hold the digest: these bytes must never change.
     """
     high, low = index.planes[HR], index.planes[scale]
-    digest = hashlib.sha256(f"{scale} {high.tile} {low.tile}\n".encode())
-    for start in range(0, len(index.name), _AT_ONCE):
-        names = index.name.encoded(start, min(start + _AT_ONCE, len(index.name)))
-        columns = (
-            column[start : start + _AT_ONCE].tolist() for column in (index.height, index.width, high.crc32, low.crc32)
-        )
-        lines = [
-            b"%d %b %d %d %d %d\n" % (len(name), name, height, width, hr, lr)
-            for name, height, width, hr, lr in zip(names, *columns, strict=True)
-        ]
-        digest.update(b"".join(lines))
+    names, lengths = index.name.encoded()
+    digest = hashlib.sha256(f"srshards identity 1: x{scale} {high.tile} {low.tile} {len(lengths)}\n".encode())
+    for column in (index.height, index.width, high.crc32, low.crc32, lengths):
+        digest.update(np.ascontiguousarray(column, "<i8"))  # type: ignore[arg-type]
+    digest.update(names)
     return digest.hexdigest()

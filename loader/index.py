@@ -3,20 +3,26 @@
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loader import format as fmt
 from loader.fields import Fields, fail, load
 from loader.format import FormatError, Index, LrOrigin, Plane, Shard, Strings
+from loader.safefile import UnsafeFileError, open_member
+from loader.sparse import stored_bytes
 
 INDEX_ROOM = 16 << 20  # bytes that an index may have in any case,
-INDEX_SHARE = 8  # and this part of its shards' bytes beyond
+INDEX_SHARE = 8  # and this part of its shards' bytes beyond,
+INDEX_MOST = 1 << 30  # up to this, which some seven million images need
+SHARD_ROOM = 64 << 10  # bytes that a shard may have beyond its runs (HDF5's metadata),
+RUN_ROOM = 16 << 10  # and for each run (HDF5 needs 1.5 KiB or so, and the name)
+BLOCK = 1 << 20
 
 
 def read_index(folder: Path) -> Index:
@@ -39,16 +45,15 @@ def read_index_alone(folder: Path) -> Index:
     """
     path = folder / fmt.INDEX
     try:
-        length = _length(path)
-        if length > INDEX_ROOM and length > (most := _longest(folder)):
-            fail(str(path), "length", f"at most {most} bytes, as the shards beside it are", f"{length} bytes")
-        with path.open("rb") as file:
-            text = file.read(length + 1)  # no more, should it grow
+        return parse_index(_read_text(folder, path), str(path))
     except (FileNotFoundError, NotADirectoryError):
         raise FormatError(f"{folder}: expected a dataset, a folder with {fmt.INDEX}, got none there") from None
+    except UnsafeFileError as error:
+        fail(str(path), "file", "a file in this folder", error.strerror)
     except OSError as error:
         raise FormatError(f"{path}: expected a readable file, got {error.strerror}") from None
-    return parse_index(text, str(path))
+    except MemoryError:
+        fail(str(path), "length", "an index that fits into memory", "one that does not")
 
 
 def check_current(folder: Path, index: Index) -> None:
@@ -59,13 +64,64 @@ def check_current(folder: Path, index: Index) -> None:
     """
     wanted = _last_lines(index.sha256)
     try:
-        with (folder / fmt.INDEX).open("rb", buffering=0) as file:
-            file.seek(-len(wanted), os.SEEK_END)
-            if file.read() == wanted:
+        descriptor = open_member(folder / fmt.INDEX)
+        try:
+            start = max(os.fstat(descriptor).st_size - len(wanted), 0)
+            if os.pread(descriptor, len(wanted) + 1, start) == wanted:
                 return
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise FormatError(f"{folder}: expected the dataset opened before, got {error.strerror}") from None
     raise FormatError(f"{folder}: expected the dataset opened before, got one built since")
+
+
+def check_file(folder: Path, shard: Shard) -> None:
+    """Hold that a shard is there, a regular file of this folder, of the length recorded.
+
+    Raises:
+        FormatError: it is not.
+    """
+    path = folder / shard.file
+    try:
+        descriptor = open_member(path)
+    except UnsafeFileError as error:
+        fail(str(path), "file", "a file in this folder", error.strerror)
+    except OSError as error:
+        raise FormatError(f"{path}: expected a file of {shard.bytes} bytes, got {error.strerror}") from None
+    try:
+        length = os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+    if length != shard.bytes:
+        fail(str(path), "length", f"a file of {shard.bytes} bytes", f"{length} bytes")
+
+
+def _read_text(folder: Path, path: Path) -> bytes:
+    """The bytes of an index, read only as far as they can be those of one: holes in a file read as zeros."""
+    descriptor = open_member(path)
+    try:
+        length = os.fstat(descriptor).st_size
+        if length > (most := _longest(folder, length)):
+            fail(str(path), "length", f"at most {most} bytes, as the shards beside it are", f"{length} bytes")
+        text = bytearray()
+        while len(text) <= length and (block := os.read(descriptor, BLOCK)):
+            if (zero := block.find(0)) >= 0:
+                fail(str(path), "text", "no zero bytes", f"one at byte {len(text) + zero}")
+            text += block
+        return bytes(text)
+    finally:
+        os.close(descriptor)
+
+
+def _longest(folder: Path, length: int) -> int:
+    """Bytes that an index may have: what it says of an image is far less than the image's own runs, which fill pages.
+
+    Parsing takes up to 45 times as much memory; what came from elsewhere shall not take it all.
+    """
+    wanted = (min(length, INDEX_MOST) - INDEX_ROOM) * INDEX_SHARE
+    data = stored_bytes(folder, "shard-", wanted) if wanted > 0 else 0
+    return min(INDEX_ROOM + data // INDEX_SHARE, INDEX_MOST)
 
 
 def parse_index(text: bytes, where: str) -> Index:
@@ -78,7 +134,7 @@ def parse_index(text: bytes, where: str) -> Index:
     Raises:
         FormatError: naming `where`, the record, what was expected and what was got.
     """
-    body = text[: -len(_digest_line(b""))]
+    body = memoryview(text)[: -len(_last_lines("0" * 64))]  # no copy
     if text[len(body) :] != _digest_line(body):
         _check_version(text, where)
         fail(where, "sha256", "as last line the SHA-256 of all lines before it", ascii(text[len(body) :][:78]))
@@ -132,7 +188,7 @@ def dump_index(index: Index) -> bytes:
     return body + _digest_line(body)
 
 
-def _digest_line(body: bytes) -> bytes:
+def _digest_line(body: bytes | memoryview) -> bytes:
     return _last_lines(hashlib.sha256(body).hexdigest())
 
 
@@ -155,42 +211,6 @@ def _check_version(text: bytes, where: str) -> None:
     version = text[len(start) : len(start) + 9].split(b",")[0].decode(errors="replace")
     if version != str(fmt.VERSION):
         fail(where, "version", f"{fmt.VERSION}, the one that this srshards reads", ascii(version))
-
-
-def check_file(folder: Path, shard: Shard) -> None:
-    """Hold that a shard is there, of the length recorded, and no link that leads out of the folder.
-
-    Raises:
-        FormatError: it is not.
-    """
-    path = folder / shard.file
-    try:
-        length = _length(path)
-    except OSError as error:
-        raise FormatError(f"{path}: expected a file of {shard.bytes} bytes, got {error.strerror}") from None
-    if length != shard.bytes:
-        fail(str(path), "length", f"a file of {shard.bytes} bytes", f"{length} bytes")
-
-
-def _length(path: Path) -> int:
-    """The length of what is a regular file, and no link that leads out of its folder."""
-    found = path.stat()  # an OSError where a link leads nowhere, or to itself
-    if path.is_symlink() and path.resolve(strict=True).parent != path.parent.resolve():
-        fail(str(path), "file", "a file in this folder", f"a link to {path.readlink()}")
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
-        fail(str(path), "file", "a regular file", kind)
-    return found.st_size
-
-
-def _longest(folder: Path) -> int:
-    """Bytes that an index may have: what it says of an image is far less than the image's own runs, which fill pages.
-
-    Parsing takes up to 45 times as much memory; what came from elsewhere shall not take it all.
-    """
-    with os.scandir(folder) as entries:
-        shards = [entry for entry in entries if entry.name.startswith("shard-") and entry.is_file()]
-        return INDEX_ROOM + sum(entry.stat().st_size for entry in shards) // INDEX_SHARE
 
 
 def _lr_origin(fields: Fields) -> LrOrigin:
@@ -269,3 +289,13 @@ def _check_runs(index: Index, where: str) -> None:
     if (bad := np.flatnonzero(overlap)).size:
         first, second = order[bad[0]], order[bad[0] + 1]
         fail(where, run(second), f"a start at {end[first]}, the end of {run(first)}, or later", start[second])
+    _check_lengths(index, shard, end - start, where)
+
+
+def _check_lengths(index: Index, shard: NDArray[np.int64], lengths: NDArray[np.int64], where: str) -> None:
+    """No shard is much longer than its runs: whoever checks it reads it whole."""
+    most = np.full(len(index.shards), SHARD_ROOM, np.int64)
+    np.add.at(most, shard, -(-lengths // fmt.PAGE) * fmt.PAGE + RUN_ROOM)
+    for entry, limit in zip(index.shards, most.tolist(), strict=True):
+        if entry.bytes > limit:
+            fail(where, f"shards: {entry.file}", f"at most {limit} bytes for its runs", f"{entry.bytes} bytes")

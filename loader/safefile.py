@@ -35,8 +35,9 @@ def open_member(path: Path) -> int:
     except OSError as error:
         if error.errno != errno.ELOOP or isinstance(error, UnsafeFileError):
             raise
-    target = path.resolve(strict=False)
-    if target.parent != path.parent.resolve():
+    # Path.resolve raises RuntimeError for a link that leads to itself.
+    target = Path(os.path.realpath(path))
+    if target.parent != Path(os.path.realpath(path.parent)):
         raise UnsafeFileError(errno.ELOOP, f"a link to {path.readlink()}", str(path))
     return _regular(os.open(target, _READ | os.O_NOFOLLOW), path)
 

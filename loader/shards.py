@@ -101,9 +101,12 @@ class Shards:
         gather_crops(address, cols, top, left, transform, plane.tile, out)
 
     def check_crops(self, scale: int, image: Ints, top: Ints, left: Ints, size: tuple[int, ...]) -> None:
-        """Raise IndexError if a crop of that size (h, w) reaches beyond its image."""
+        """Raise IndexError if a crop of that size (h, w) reaches beyond its image, or there is no such image."""
+        if len(image) and not (image.min() >= 0 and image.max() < len(self.index.name)):
+            raise IndexError(f"images: expected 0 to {len(self.index.name) - 1}, got {image.min()} to {image.max()}")
         height, width = self.index.height[image] // scale, self.index.width[image] // scale
-        inside = (top >= 0) & (left >= 0) & (top + size[0] <= height) & (left + size[1] <= width)
+        # Corners may be any int64: nothing is added to them, since sums could wrap.
+        inside = (top >= 0) & (left >= 0) & (top <= height - size[0]) & (left <= width - size[1])
         if not inside.all():
             k = int(np.argmin(inside))
             raise IndexError(

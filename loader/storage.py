@@ -20,13 +20,16 @@ def file_system(folder: Path) -> str:
         table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return "unknown"
-    place, best = folder.resolve(), (-1, "unknown")
-    for line in table.splitlines():
+    # A mount that died does not resolve, and need not: realpath goes as far as it can.
+    place, best = Path(os.path.realpath(folder)), (-1, "unknown")
+    for line in table.split("\n"):
         mount, _, rest = line.partition(" - ")
+        if len(mount.split(" ")) < 5 or not rest:
+            continue
         # Spaces and the like are written as octal escapes (proc(5)).
-        point = Path(re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), mount.split()[4]))
+        point = Path(re.sub(r"\\([0-3][0-7]{2})", lambda match: chr(int(match[1], 8)), mount.split(" ")[4]))
         if place.is_relative_to(point) and len(point.parts) >= best[0]:  # later lines are mounted over earlier ones
-            best = (len(point.parts), rest.split()[0])
+            best = (len(point.parts), rest.split(" ")[0])
     return best[1]
 
 

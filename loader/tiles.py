@@ -5,6 +5,7 @@ much smaller than its image then touches few pages of storage, whatever the widt
 """
 
 import ctypes
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -41,6 +42,11 @@ def gather_crops(
         transform: int64 (n,), 0 to 7, as in `transformed`; crops are then square. None: all as they are.
         tile: side of a tile.
         out: uint8 (n, h, w, 3), C-contiguous.
+
+    Raises:
+        TypeError, ValueError: an array is of another kind or length; a crop begins before its image, or reaches beyond
+            its rows of tiles or the address space; a transform is none of the 8. How far down an image goes cannot be
+            known here.
     """
     height, width = out.shape[1:3]
     if transform is None:
@@ -48,10 +54,11 @@ def gather_crops(
     if kernel is not None:
         kernel.gather(address, cols, top, left, transform, tile, height, width, out)
         return
-    crops = zip(*(column.tolist() for column in (address, cols, top, left, transform)), strict=True)
+    columns = {"address": address, "cols": cols, "top": top, "left": left, "transform": transform}
+    crops = _checked_crops(columns, tile, out)
     for k, (start, c, y, x, number) in enumerate(crops):
         shape = ((y + height - 1) // tile + 1, c, tile, tile, CHANNELS)
-        memory = (ctypes.c_uint8 * int(np.prod(shape))).from_address(start)
+        memory = (ctypes.c_uint8 * math.prod(shape)).from_address(start)
         tiles: Pixels = np.ndarray(shape, np.uint8, memory)  # type: ignore[arg-type]
         if number:
             plain = np.empty((height, width, CHANNELS), np.uint8)
@@ -59,6 +66,32 @@ def gather_crops(
             out[k] = transformed(plain, number)
         else:
             gather(tiles, y, x, out[k])
+
+
+def _checked_crops(columns: dict[str, Ints], tile: int, out: Pixels) -> list[tuple[int, ...]]:
+    """What the kernel checks: the crops as tuples of integers, none of which can lead beyond what its caller has."""
+    for name, column in columns.items():
+        if column.dtype != np.int64:
+            raise TypeError(f"{name}: expected a C-contiguous array of int64, got items of {column.dtype}")
+        if column.shape != (len(out),) or not column.flags.c_contiguous:
+            raise ValueError(f"{name}: the arrays' lengths do not fit one another: expected ({len(out)},) contiguous")
+    if out.dtype != np.uint8:
+        raise TypeError(f"out: expected a C-contiguous array of uint8, got items of {out.dtype}")
+    _, height, width, channels = out.shape
+    if channels != CHANNELS or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError("out: expected (n, height, width, 3), contiguous and writable")
+    if not all(1 <= side < 1 << 30 for side in (tile, height, width)):
+        raise ValueError("gather: tile, height, width: expected 1 to 2**30 - 1")
+    crops = list(zip(*(column.tolist() for column in columns.values()), strict=True))
+    for start, cols, top, left, number in crops:
+        reach = start + (top + height + tile - 1) // tile * cols * tile * tile * CHANNELS
+        fits = top >= 0 and 0 <= left <= cols * tile - width and 0 < start <= reach < 1 << 63
+        if not fits or not 0 <= number < 8 or (number & 4 and height != width):
+            raise ValueError(
+                f"gather: expected a crop within its rows of tiles and the address space, under one of 8 transforms, "
+                f"got {height} × {width} at {top}, {left} of {cols} columns of tiles, transform {number}"
+            )
+    return crops
 
 
 def gather(tiles: Pixels, top: int, left: int, out: Pixels) -> None:

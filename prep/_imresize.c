@@ -146,58 +146,138 @@ static int windows_fit(const int64_t *window, Py_ssize_t count, Py_ssize_t lengt
     return 1;
 }
 
+/* Whether weights are symmetric, and no sum of weighted bytes leaves int32. */
+static int weights_fit(const int32_t *numerators, Py_ssize_t taps)
+{
+    int64_t most = 1 << 16; /* more than half of any denominator */
+    for (Py_ssize_t k = 0; k < taps; k++) {
+        most += 255 * (numerators[k] < 0 ? -(int64_t)numerators[k] : (int64_t)numerators[k]);
+        if (numerators[k] != numerators[taps - 1 - k])
+            return 0;
+    }
+    return most <= INT32_MAX;
+}
+
+/* A C-contiguous array of native integers of `size` bytes, of one of the types in `formats`; else an exception. The
+   buffer is to be released only if there was none. */
+static int take_array(PyObject *object, const char *name, const char *formats, Py_ssize_t size, int flags,
+                      Py_buffer *view)
+{
+    if (PyObject_GetBuffer(object, view, PyBUF_ND | PyBUF_FORMAT | flags) != 0)
+        return 0;
+    const char *format = view->format == NULL ? "B" : view->format;
+    if (*format == '@' || *format == '=')
+        format++;
+    if (view->itemsize == size && *format != '\0' && format[1] == '\0' && strchr(formats, *format) != NULL)
+        return 1;
+    PyErr_Format(PyExc_TypeError, "shrink: %s: expected C-contiguous items of %zd bytes of type %s, got format '%.20s'",
+                 name, size, formats, view->format == NULL ? "B" : view->format);
+    PyBuffer_Release(view);
+    return 0;
+}
+
+/* A copy of an array, so that nobody changes what was checked, to be freed; else NULL and an exception. */
+static void *take_copy(PyObject *object, const char *name, const char *formats, Py_ssize_t size, Py_ssize_t count)
+{
+    Py_buffer view;
+    void *copy = NULL;
+
+    if (!take_array(object, name, formats, size, 0, &view))
+        return NULL;
+    if (view.len / size != count)
+        PyErr_Format(PyExc_ValueError, "shrink: %s: the arrays' lengths do not fit one another: expected %zd, got %zd",
+                     name, count, view.len / size);
+    else if ((copy = PyMem_Malloc((size_t)view.len)) == NULL)
+        PyErr_NoMemory();
+    else
+        memcpy(copy, view.buf, (size_t)view.len);
+    PyBuffer_Release(&view);
+    return copy;
+}
+
+/* a * b * c; 0 where it does not fit. */
+static Py_ssize_t product(Py_ssize_t a, Py_ssize_t b, Py_ssize_t c)
+{
+    Py_ssize_t all;
+    return __builtin_mul_overflow(a, b, &all) || __builtin_mul_overflow(all, c, &all) ? 0 : all;
+}
+
 static PyObject *shrink(PyObject *module, PyObject *args)
 {
-    Py_buffer image, rows, cols, numerators, out;
-    Py_ssize_t taps;
+    PyObject *given_image, *given_rows, *given_cols, *given_weights, *given_out, *result = NULL;
+    int64_t *rows = NULL, *cols = NULL;
+    int32_t *numerators = NULL;
+    uint8_t *scratch = NULL;
+    Py_ssize_t taps, columns;
+    Py_buffer image = {0}, out = {0};
     Job job;
-    const char *problem = NULL;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*nnny*ny*ny*nw*", &image, &job.height, &job.width, &job.channels, &rows,
-                          &job.out_height, &cols, &job.out_width, &numerators, &taps, &out))
+    if (!PyArg_ParseTuple(args, "OnnnOnOnOnO", &given_image, &job.height, &job.width, &job.channels, &given_rows,
+                          &job.out_height, &given_cols, &job.out_width, &given_weights, &taps, &given_out))
         return NULL;
-    job.row_window = rows.buf;
-    job.col_window = cols.buf;
-    job.weights.numerators = numerators.buf;
+    if (job.height < 1 || job.width < 1 || job.channels < 1 || job.out_height < 1 || job.out_width < 1 ||
+        (taps != 8 && taps != 11 && taps != 16 && taps != 32)) {
+        PyErr_SetString(PyExc_ValueError, "shrink: expected sides of 1 or more, and 8, 11, 16 or 32 taps");
+        return NULL;
+    }
+    if (!take_array(given_image, "image", "B", 1, 0, &image) ||
+        !take_array(given_out, "out", "B", 1, PyBUF_WRITABLE, &out))
+        goto done;
+    /* No buffer has no bytes here: 0 stands for a product that does not fit. */
+    if (image.len == 0 || image.len != product(job.height, job.width, job.channels) || out.len == 0 ||
+        out.len != product(job.out_height, job.out_width, job.channels)) {
+        PyErr_SetString(PyExc_ValueError, "shrink: image, out: the arrays' lengths do not fit one another");
+        goto done;
+    }
+    if (product(job.out_height, taps, sizeof(int64_t)) == 0 || product(job.out_width, taps, sizeof(int64_t)) == 0 ||
+        __builtin_add_overflow(job.width, job.out_width, &columns) ||
+        (columns = product(columns, 2 * LANES, job.channels)) == 0) {
+        PyErr_SetString(PyExc_ValueError, "shrink: sizes that overflow");
+        goto done;
+    }
+    if ((rows = take_copy(given_rows, "row_window", "lqn", sizeof(int64_t), job.out_height * taps)) == NULL ||
+        (cols = take_copy(given_cols, "col_window", "lqn", sizeof(int64_t), job.out_width * taps)) == NULL ||
+        (numerators = take_copy(given_weights, "numerators", "il", sizeof(int32_t), taps)) == NULL)
+        goto done;
+    if (!windows_fit(rows, job.out_height * taps, job.height) || !windows_fit(cols, job.out_width * taps, job.width)) {
+        PyErr_SetString(PyExc_ValueError, "shrink: a window reaches beyond the image");
+        goto done;
+    }
+    if (!weights_fit(numerators, taps)) {
+        PyErr_SetString(PyExc_ValueError, "shrink: numerators: expected symmetric ones, their sums within int32");
+        goto done;
+    }
+    if ((scratch = PyMem_Malloc((size_t)columns)) == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    job.row_window = rows;
+    job.col_window = cols;
+    job.weights.numerators = numerators;
     job.weights.taps = (int)taps;
+    Py_BEGIN_ALLOW_THREADS
+    shrink_image(image.buf, &job, scratch, out.buf);
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
 
-    if (job.height < 1 || job.width < 1 || job.channels < 1 || image.len != job.height * job.width * job.channels ||
-        (taps != 8 && taps != 11 && taps != 16 && taps != 32) || numerators.len != taps * (Py_ssize_t)sizeof(int32_t) ||
-        rows.len != job.out_height * taps * (Py_ssize_t)sizeof(int64_t) ||
-        cols.len != job.out_width * taps * (Py_ssize_t)sizeof(int64_t) ||
-        out.len != job.out_height * job.out_width * job.channels)
-        problem = "shrink: the arrays' lengths do not fit one another";
-    else if (!windows_fit(job.row_window, job.out_height * taps, job.height) ||
-             !windows_fit(job.col_window, job.out_width * taps, job.width))
-        problem = "shrink: a window reaches beyond the image";
-    else {
-        uint8_t *scratch = PyMem_RawMalloc((size_t)(LANES * job.channels * 2 * (job.width + job.out_width)));
-        if (scratch == NULL)
-            problem = "shrink: no memory for a strip of the image";
-        else {
-            Py_BEGIN_ALLOW_THREADS
-            shrink_image(image.buf, &job, scratch, out.buf);
-            Py_END_ALLOW_THREADS
-        }
-        PyMem_RawFree(scratch);
-    }
+done:
+    PyMem_Free(rows);
+    PyMem_Free(cols);
+    PyMem_Free(numerators);
+    PyMem_Free(scratch);
     PyBuffer_Release(&image);
-    PyBuffer_Release(&rows);
-    PyBuffer_Release(&cols);
-    PyBuffer_Release(&numerators);
     PyBuffer_Release(&out);
-    if (problem != NULL) {
-        PyErr_SetString(PyExc_ValueError, problem);
-        return NULL;
-    }
-    Py_RETURN_NONE;
+    return result;
 }
 
 static PyMethodDef methods[] = {
     {"shrink", shrink, METH_VARARGS,
-     "shrink(image, height, width, channels, row_window, out_height, col_window, out_width, numerators, taps, "
-     "out): one image, uint8; windows int64 (outputs, taps); numerators int32, symmetric."},
+     "shrink(image, height, width, channels, row_window, out_height, col_window, out_width, numerators, taps, out)\n\n"
+     "Shrink one image, uint8 (height, width, channels), into out, uint8 (out_height, out_width, channels). The windows\n"
+     "are int64 (outputs, taps), numbers of input pixels; numerators int32 (taps,), symmetric.\n\n"
+     "Raises TypeError or ValueError for arrays of another kind or length, windows that reach beyond the image, sizes\n"
+     "that overflow, and weights that may."},
     {NULL, NULL, 0, NULL},
 };
 

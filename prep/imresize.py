@@ -17,6 +17,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from loader.arguments import as_integer, describe, need
 from loader.format import SCALES
 from loader.kernel import compiled
 
@@ -43,7 +44,7 @@ def imresize(image: Pixels, scale: int, *, rounding: Rounding = "uint8", border:
     Raises:
         ValueError: an argument is none of these.
     """
-    _check(image, scale, rounding, border)
+    scale = _check(image, scale, rounding, border)
     height, width = image.shape[:2]
     if rounding == "double":
         return _float_resize(image, 1 / scale, rounding, border)
@@ -63,20 +64,20 @@ def enlarge(image: Pixels, scale: int, *, rounding: Rounding = "uint8", border: 
 
     Arguments and errors are those of `imresize`.
     """
-    _check(image, scale, rounding, border)
+    scale = _check(image, scale, rounding, border)
     return _float_resize(image, float(scale), rounding, border)
 
 
-def _check(image: Pixels, scale: int, rounding: str, border: str) -> None:
+def _check(image: Pixels, scale: int, rounding: str, border: str) -> int:
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
         got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(f"image: expected a uint8 array (H, W) or (H, W, C), got {got}")
-    if scale not in SCALES:
-        raise ValueError(f"scale: expected one of {SCALES}, got {scale!r}")
-    if rounding not in ("uint8", "double"):
-        raise ValueError(f'rounding: expected "uint8" or "double", got {rounding!r}')
-    if border not in ("symmetric", "replicate"):
-        raise ValueError(f'border: expected "symmetric" or "replicate", got {border!r}')
+    whole = as_integer(scale)
+    if whole not in SCALES:
+        raise ValueError(f"scale: expected one of {SCALES}, got {describe(scale)}")
+    need("rounding", '"uint8" or "double"', rounding, rounding in ("uint8", "double"))
+    need("border", '"symmetric" or "replicate"', border, border in ("symmetric", "replicate"))
+    return whole
 
 
 def _inside(index: Indices, length: int, border: str) -> Indices:

@@ -37,7 +37,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("patch", [1, 16, 21])
 def test_samples_are_the_crops_they_say(dataset: Path, pictures: dict[str, Pixels], scale: int, patch: int) -> None:
     """The slow path: decode, crop, shrink, slice, transform."""
-    data = PatchDataset(dataset, scale, patch, length=60, seed=5, too_small="skip")
+    data = PatchDataset(dataset, scale, patch, length=60, seed=5, too_small="skip", fixed=True)
     whole = {}
     for name, pixels in pictures.items():
         cropped = pixels[: pixels.shape[0] // scale * scale, : pixels.shape[1] // scale * scale]
@@ -224,6 +224,10 @@ def test_whole_images(dataset: Path, pictures: dict[str, Pixels]) -> None:
 def test_no_crop_beyond_an_image(dataset: Path) -> None:
     shards = Shards(dataset)
     out = np.empty((1, 8, 8, 3), np.uint8)
-    for top, left in ((-1, 0), (0, -1), (125, 0), (0, 190)):
+    edge = (1 << 63) - 1  # plus a height, it is negative
+    for top, left in ((-1, 0), (0, -1), (125, 0), (0, 190), (edge, 0), (0, edge), (edge - 7, 0), (-edge - 1, 0)):
         with pytest.raises(IndexError, match=r"HR of image 'a' is 128 × 192: no crop of 8 × 8 at"):
             shards.gather(1, np.array([0]), np.array([top]), np.array([left]), out)
+    for image in (-1, 5, edge, -edge - 1):
+        with pytest.raises(IndexError, match="images: expected 0 to 4, got"):
+            shards.gather(1, np.array([image]), np.array([0]), np.array([0]), out)

@@ -158,6 +158,8 @@ def test_shrinking_an_enlarged_image_returns_near_it() -> None:
         ({"image": np.zeros((0, 4), np.uint8)}, "image: "),
         ({"image": [1, 2]}, "image: .* got list"),
         ({"scale": 5}, r"scale: expected one of \(2, 3, 4, 8\), got 5"),
+        ({"scale": 2.0}, r"scale: expected one of \(2, 3, 4, 8\), got 2.0"),
+        ({"scale": "2"}, r"scale: expected one of \(2, 3, 4, 8\), got '2'"),
         ({"rounding": "float"}, "rounding: .* got 'float'"),
         ({"border": "wrap"}, "border: .* got 'wrap'"),
     ],

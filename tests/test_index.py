@@ -1,19 +1,28 @@
 """index.json: it survives a round trip, and each way in which it can be wrong has its error."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import build, photograph, write_image
 
 from loader import index as index_module
+from loader import sparse as sparse_module
 from loader.format import FormatError, Strings
-from loader.index import dump_index, parse_index, read_index
+from loader.index import check_current, dump_index, parse_index, read_index, read_index_alone
+from loader.sparse import stored_bytes
 
 
 def resign(fields: dict[str, Any]) -> bytes:
@@ -190,7 +199,7 @@ def test_files_beside_the_index(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=rf"{shard.name}: expected a file of .* got No such file"):
         read_index(copy)
     shard.mkdir()
-    with pytest.raises(FormatError, match=f"{shard.name}: file: expected a regular file, got a folder"):
+    with pytest.raises(FormatError, match=f"{shard.name}: file: expected a file in this folder, got a folder"):
         read_index(copy)
     shard.rmdir()
     (tmp_path / "elsewhere").write_bytes(data)
@@ -200,12 +209,40 @@ def test_files_beside_the_index(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_lengths_are_known_before_anything_is_mapped(dataset: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
-    """An index that claims an exabyte, beside shards that have not got it."""
+    """An index that claims more than the shards have."""
     shutil.copytree(dataset, tmp_path / "copy")
-    fields["shards"][1]["bytes"] = 1 << 60
+    claimed = fields["shards"][1]["bytes"] + 4096
+    fields["shards"][1]["bytes"] = claimed
     (tmp_path / "copy/index.json").write_bytes(resign(fields))
-    with pytest.raises(FormatError, match=rf"length: expected a file of {1 << 60} bytes, got \d+ bytes"):
+    with pytest.raises(FormatError, match=rf"length: expected a file of {claimed} bytes, got \d+ bytes"):
         read_index(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("claimed", [1 << 61, 1 << 43, 1 << 20])
+def test_a_shard_much_longer_than_its_runs(dataset: Path, tmp_path: Path, fields: dict[str, Any], claimed: int) -> None:
+    """Holes cost nothing, so that a shard may really have 2^43 bytes; `prep verify` would read them for weeks."""
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    shard = fields["shards"][2]
+    shard["bytes"] += claimed
+    with contextlib.suppress(OSError):  # file systems differ in what they can have
+        os.truncate(copy / shard["file"], shard["bytes"])
+    (copy / "index.json").write_bytes(resign(fields))
+    for read in (read_index, read_index_alone):
+        with pytest.raises(FormatError, match=rf"{shard['file']}: expected at most \d+ bytes for its runs, got \d+ b"):
+            read(copy)
+
+
+def test_shards_of_many_small_images_with_long_names_are_short_enough(tmp_path: Path) -> None:
+    """The most that HDF5 adds to runs: tiny images, all scales, names as long as file systems have them."""
+    for i in range(40):
+        write_image(tmp_path / "in" / f"{i:0240d}.png", photograph(8, 8, i))
+    for count in (1, 40):
+        out = build(tmp_path / "in", tmp_path / str(count), images_per_shard=count, tile=16, scales=(2, 3, 4, 8))
+        index = read_index(out)
+        runs = 40 * len(index.planes)
+        extra = sum(shard.bytes for shard in index.shards) - runs * 4096
+        assert extra < runs * index_module.RUN_ROOM / 4 + len(index.shards) * index_module.SHARD_ROOM / 4
 
 
 def test_links(dataset: Path, tmp_path: Path) -> None:
@@ -240,8 +277,16 @@ def test_pipes_are_not_waited_for(dataset: Path, tmp_path: Path) -> None:
     for path in (shard, copy / "index.json"):
         path.unlink()
         os.mkfifo(path)
-        with pytest.raises(FormatError, match=f"{path.name}: file: expected a regular file, got a pipe or a device"):
+        with pytest.raises(FormatError, match=f"{path.name}: file: expected a file in this folder, got a pipe, no"):
             read_index(copy)
+
+
+def sparse(path: Path, *lengths: int) -> None:
+    """Make a file as long as the file system can have it, up to the last length, without writing anything."""
+    path.touch()
+    for length in lengths:
+        with contextlib.suppress(OSError):
+            os.truncate(path, length)
 
 
 def test_an_index_too_large_for_its_shards(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,10 +294,7 @@ def test_an_index_too_large_for_its_shards(dataset: Path, tmp_path: Path, monkey
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)
     text = (copy / "index.json").read_bytes()
-    try:
-        os.truncate(copy / "index.json", 1 << 40)
-    except OSError:
-        os.truncate(copy / "index.json", 1 << 32)
+    sparse(copy / "index.json", 1 << 32, 1 << 40)
     shards = sum(path.stat().st_size for path in copy.glob("shard-*"))
     most = (16 << 20) + shards // 8
     with pytest.raises(FormatError, match=rf"index.json: length: expected at most {most} bytes, .*, got \d+ bytes"):
@@ -263,6 +305,128 @@ def test_an_index_too_large_for_its_shards(dataset: Path, tmp_path: Path, monkey
     monkeypatch.setattr(index_module, "INDEX_ROOM", len(text) - shards // 8 - 1)
     with pytest.raises(FormatError, match=f"expected at most {len(text) - 1} bytes"):
         read_index(copy)
+    (copy / "shard-1").symlink_to("/dev/zero")  # nor does what is no file count, nor wait
+    os.mkfifo(copy / "shard-2")
+    with pytest.raises(FormatError, match=f"expected at most {len(text) - 1} bytes"):
+        read_index(copy)
+
+
+def test_holes_in_shards_are_no_shards(dataset: Path, tmp_path: Path) -> None:
+    """100 GB of holes give an index no room, and an absolute bound holds whatever there is."""
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    shard = next(copy.glob("shard-*"))
+    data = sum(path.stat().st_size for path in copy.glob("shard-*"))
+    sparse(copy / "shard-99999.raw", 100 << 30)
+    sparse(shard, 100 << 30)
+    sparse(copy / "index.json", 3 << 30)
+    with pytest.raises(
+        FormatError, match=r"index.json: length: expected at most (\d+) bytes, .*, got 3221225472"
+    ) as got:
+        read_index(copy)
+    most = int(str(got.value).split("at most ")[1].split()[0])
+    assert (16 << 20) <= most <= (16 << 20) + data // 8 + 4096
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "stored_bytes", lambda folder, start, enough: enough)
+        sparse(copy / "index.json", (1 << 30) + 1)
+        with pytest.raises(FormatError, match=rf"expected at most {1 << 30} bytes"):
+            read_index(copy)
+
+
+def test_a_file_system_without_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There all of a file counts as data, so that no honest dataset is refused."""
+    (tmp_path / "shard-0").write_bytes(bytes(10_000))
+    (tmp_path / "shard-1").write_bytes(bytes(10_000))
+    (tmp_path / "other").write_bytes(bytes(10_000))
+    assert stored_bytes(tmp_path, "shard-", 1 << 40) == 20_000
+    assert stored_bytes(tmp_path, "shard-", 1) == 10_000
+    monkeypatch.setattr(os, "lseek", lambda *_: (_ for _ in ()).throw(OSError(errno.EINVAL, "Invalid argument")))
+    assert stored_bytes(tmp_path, "shard-", 1 << 40) == 20_000
+
+
+def test_data_between_holes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "shard-0").open("wb") as file:
+        for i in range(5):
+            file.seek(i << 20)
+            file.write(b"x" * 4096)
+        file.truncate(1 << 30)
+    assert stored_bytes(tmp_path, "shard-", 1 << 40) == 5 * 4096
+    monkeypatch.setattr(sparse_module, "EXTENTS", 3)
+    assert stored_bytes(tmp_path, "shard-", 1 << 40) == 3 * 4096
+
+
+def test_holes_in_an_index_end_its_reading(dataset: Path, tmp_path: Path) -> None:
+    """A hole with the right start, and the right end: nothing of it is held in memory."""
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    text = (copy / "index.json").read_bytes()
+    with (copy / "index.json").open("r+b") as file:
+        file.truncate(80)
+        file.seek((16 << 20) - 78)
+        file.write(text[-78:])
+    with pytest.raises(FormatError, match="index.json: text: expected no zero bytes, got one at byte 80"):
+        read_index(copy)
+
+
+def test_an_index_that_memory_cannot_hold() -> None:
+    """One line, where the process may not have more memory."""
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nimport loader.index as index\n"
+        "from loader.format import FormatError\n"
+        "body = b'{\\n\"format\": [' + b'[],' * 6_000_000 + b'0],\\n'\n"
+        "text = body + index._digest_line(body)\n"
+        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20),) * 2)\n"
+        "try: index.parse_index(text, 'here')\n"
+        "except FormatError as error: print(error)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+    assert run.stdout == "here: expected a JSON object in UTF-8, got MemoryError\n", run.stderr
+
+
+@pytest.mark.parametrize("depth", [900, 5_000, 200_000])
+def test_json_of_any_depth(depth: int) -> None:
+    """A field of deep lists or objects, under the digest that fits, is one line, in whatever depth it is met."""
+    for opening, closing in ((b"[", b"]"), (b'{"a":', b"}")):
+        inner = opening * depth + b"1" + closing * depth
+        for body in (b'{\n"format": ' + inner + b",\n", b'{\n"images": ' + inner + b",\n"):
+            text = body + f'"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+            with pytest.raises(FormatError) as caught:
+                parse_index(text, "here")
+            assert str(caught.value).isprintable()
+            assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "socket", "link out", "link to itself", "nowhere"])
+@pytest.mark.parametrize("when", ["index", "shard", "index after opening"])
+def test_what_is_no_file(dataset: Path, tmp_path: Path, kind: str, when: str) -> None:
+    """Whatever lies there instead of a file: nothing waits, and it is one line."""
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    index = read_index(copy)
+    path = copy / (index.shards[0].file if when == "shard" else "index.json")
+    path.rename(tmp_path / "outside")
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(os.path.relpath(path))
+        case "link out":
+            path.symlink_to("../outside")
+        case "link to itself":
+            path.symlink_to(path.name)
+    read = partial(check_current, copy, index) if when == "index after opening" else partial(read_index, copy)
+    with pytest.raises(FormatError, match=": expected .*, got ") as caught:
+        read()
+    assert str(caught.value).startswith(str(copy))
 
 
 def test_no_dataset_there(tmp_path: Path) -> None:
@@ -270,7 +434,7 @@ def test_no_dataset_there(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match="expected a dataset, a folder with index.json, got none there"):
             read_index(place)
     (tmp_path / "index.json").mkdir()
-    with pytest.raises(FormatError, match="expected a regular file, got a folder"):
+    with pytest.raises(FormatError, match="expected a file in this folder, got a folder"):
         read_index(tmp_path)
 
 

@@ -106,16 +106,3 @@ def test_padding_is_zero() -> None:
     assert tiles.sum() == 17 * 20 * 3 * 255
     assert not tiles[1, :, 1:].any()
     assert not tiles[:, 1, :, 4:].any()
-
-
-@pytest.mark.skipif(kernel is None, reason="the compiled kernel is not in use here")
-def test_kernel_refuses_arrays_that_do_not_fit() -> None:
-    one, two = np.zeros(1, np.int64), np.zeros(2, np.int64)
-    out = np.zeros((1, 4, 4, 3), np.uint8)
-    for sizes in ((one, two, one, one, one, 16, 4, 4), (one,) * 5 + (16, 4, 5), (two,) * 5 + (0, 4, 4)):
-        with pytest.raises(ValueError, match="do not fit"):
-            kernel.gather(*sizes, out)
-    with pytest.raises(TypeError, match="read-write"):
-        kernel.gather(one, one, one, one, one, 16, 4, 4, out.transpose(0, 2, 1, 3))
-    with pytest.raises(ValueError, match="as many addresses as lengths"):
-        kernel.advise(one, two, 0)

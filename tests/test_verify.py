@@ -131,7 +131,7 @@ def test_what_is_no_shard_is_not_read(copy: Path, tmp_path: Path) -> None:
     link.symlink_to(tmp_path / "outside")
     for arguments in ([], ["--quick"]):
         lines = verify(copy, *arguments).stdout.splitlines()
-        assert lines[0] == f"{pipe}: file: expected a regular file, got a pipe or a device"
+        assert lines[0] == f"{pipe}: file: expected a file in this folder, got a pipe, no regular file"
         assert lines[1] == f"{link}: file: expected a file in this folder, got a link to {tmp_path}/outside"
         assert len(lines) == 3
 
