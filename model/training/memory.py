@@ -1,9 +1,12 @@
-"""How many samples a device holds at once, and the most memory it took."""
+"""Memory: how many samples a device holds at once, what is free, what ran out, and the most that was taken."""
 
 import resource
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+
+from model.training.settings import Config
 
 SPARE = 0.03  # of a GPU's memory: allocations of other kinds, and fragmentation, come later
 
@@ -40,7 +43,9 @@ def tried(step: Callable[[int], None], device: torch.device) -> Callable[[int], 
             torch.cuda.synchronize(device)
             free, total = torch.cuda.mem_get_info(device)
             return free >= SPARE * total
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             return False
         finally:
             if device.type == "cuda":
@@ -48,6 +53,48 @@ def tried(step: Callable[[int], None], device: torch.device) -> Callable[[int], 
                 torch.cuda.reset_peak_memory_stats(device)
 
     return fits
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: a GPU's, or the machine's, for which torch has no type of its own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    signs = ("DefaultCPUAllocator: ", "CUDA out of memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def too_large(micro_batch: int | None, config: Config) -> str:
+    """Say what did not fit, and what may."""
+    return (
+        f"out of memory for {micro_batch} samples of {config.lr_patch} × {config.lr_patch} LR pixels at once, in "
+        f"{config.precision}; less need --micro-batch auto or a smaller number, --activation-checkpointing, "
+        "--precision bf16, or a smaller --lr-patch"
+    )
+
+
+def free_bytes() -> int:
+    """Memory that this process may still take on the machine: what is available, within the control group's limit."""
+    free = 1 << 62
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            free = min(free, int(line.split()[1]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        numbers = [*_lines(group / limit), *_lines(group / used)]
+        if len(numbers) == 2 and all(number.isdigit() for number in numbers):
+            free = min(free, max(0, int(numbers[0]) - int(numbers[1])))
+    return free
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def peak_bytes(device: torch.device) -> int:
