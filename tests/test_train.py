@@ -268,11 +268,8 @@ def test_wrong_checkpoints_are_not_resumed(run: Callable[..., Result], tmp_path:
     torch.save({"params": ShuffleMixer.preset("tiny", 2).state_dict()}, tmp_path / "weights.pt")
     for flags, message in (
         (["--resume", tmp_path / "absent.pt"], "no such file"),
-        (["--resume", tmp_path / "weights.pt"], "missing or wrong: 'network'"),
-        (
-            ["--resume", whole, "--model", "base"],
-            "network: expected {'features': 64",
-        ),
+        (["--resume", tmp_path / "weights.pt"], "expected a checkpoint of train.py, with iteration, config"),
+        (["--resume", whole, "--model", "base"], "network: features: 32 there, 64 asked for"),
     ):
         result = run("b", *flags)
         assert result.exit_code == 1
