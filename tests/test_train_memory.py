@@ -44,7 +44,7 @@ def limit(monkeypatch: pytest.MonkeyPatch, pixels: int, error: Exception) -> lis
     forward, taken = ShuffleMixer.forward, []
 
     def limited(self: ShuffleMixer, lr: torch.Tensor) -> torch.Tensor:
-        if lr.shape[0] * lr.shape[2] * lr.shape[3] > pixels:
+        if lr.device.type != "meta" and lr.shape[0] * lr.shape[2] * lr.shape[3] > pixels:
             raise error
         taken.append((lr.shape[2], lr.shape[3]))
         return forward(self, lr)
