@@ -272,7 +272,8 @@ class Run:
             f"iteration {self.state.iteration}: the loss or its gradients are not finite for samples {first} to {last}"
         )
         if in_row > self.config.max_skipped:
-            raise TrainingError(f"{text}; {in_row} steps in a row, expected at most {self.config.max_skipped}")
+            text += f"; {in_row} steps in a row, expected at most {self.config.max_skipped}"
+            self.ranks.settle(TrainingError(text))  # in all of them alike
         self.progress.say(f"{text}; skipped, {self.state.skipped} steps so far")
 
     def go(self) -> None:

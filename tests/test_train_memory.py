@@ -135,10 +135,17 @@ def test_free_memory_is_the_smallest_limit(tmp_path: Path, monkeypatch: pytest.M
     texts = {"/proc/meminfo": ["MemTotal: 9 kB", "MemAvailable:   5000 kB"]}
     monkeypatch.setattr(memory, "_lines", lambda path: texts.get(str(path), []))
     assert free_bytes() == 5000 * 1024
-    texts |= {"/sys/fs/cgroup/memory.max": ["max"], "/sys/fs/cgroup/memory.current": ["77"]}
+    texts["/proc/self/cgroup"] = ["4:memory:/job", "3:cpu:/", "0::/a/b"]
     assert free_bytes() == 5000 * 1024
-    texts["/sys/fs/cgroup/memory.max"] = ["100"]
+    texts |= {"/sys/fs/cgroup/a/memory.max": ["max"], "/sys/fs/cgroup/a/memory.current": ["77"]}
+    assert free_bytes() == 5000 * 1024
+    texts["/sys/fs/cgroup/a/memory.max"] = ["100"]  # the group above counts too
     assert free_bytes() == 23
+    texts["/sys/fs/cgroup/a/memory.stat"] = ["anon 57", "file 20", "file_mapped 5"]
+    assert free_bytes() == 43
+    v1 = "/sys/fs/cgroup/memory/job/memory"
+    texts |= {f"{v1}.limit_in_bytes": ["12"], f"{v1}.usage_in_bytes": ["13"], f"{v1}.stat": ["total_cache 5"]}
+    assert free_bytes() == 4
 
 
 def test_images_that_cannot_be_scored_are_named_before_training(training_shards: Path, tmp_path: Path) -> None:

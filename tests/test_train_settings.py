@@ -137,6 +137,25 @@ def test_what_would_be_another_run_is_refused(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_another_precision_begins_with_a_scaler_of_its_own(run: Path) -> None:
+    assert last(run)["scaler"] == {}
+    for number, precision in enumerate(("fp16", "bf16", "fp16"), start=4):
+        result = resume(run, "--precision", precision, "--iterations", number)
+        assert result.exit_code == 0, result.output
+        assert f"→ {precision}" in result.stdout
+        assert bool(last(run)["scaler"]) == (precision == "fp16")
+
+
+def test_moments_are_the_files_and_the_rest_of_the_optimiser_ours(run: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["optimiser"]["param_groups"][0] |= {"lr": 7.0, "fused": False, "initial_lr": 9.0}
+
+    rewrite(run, change)
+    assert resume(run, "--iterations", 4).exit_code == 0
+    (group,) = last(run)["optimiser"]["param_groups"]
+    assert (group["lr"] < 1e-2, group["fused"], "initial_lr" in group) == (True, True, False)
+
+
 def test_the_same_network_by_another_name_goes_on(run: Path) -> None:
     assert resume(run, "--kernel-size", 3).exit_code == 0  # tiny's own
 
