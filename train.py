@@ -10,8 +10,10 @@ validation), `checkpoints/` (`last.pt`, `best.pt`, the last few by number), and 
 
 from __future__ import annotations
 
+import errno
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,21 +21,26 @@ import click
 import torch
 from torch import Tensor, nn
 
-from loader import ImageDataset, PatchDataset, PatchLoader, ShardsError, to_float
+from loader import PatchDataset, PatchLoader, ShardsError, to_float
+from loader.identity import dataset_identity
 from loader.safefile import write_atomically
-from model.checkpoints import CheckpointError, read_raw
+from model.checkpoints import CheckpointError
 from model.curves import write_curves
 from model.losses import Losses, combined
 from model.metrics import Scores
 from model.shufflemixer import why_plain
+from model.training import resume as going_on
 from model.training import saving
-from model.training.memory import largest_part, tried
+from model.training.memory import is_out_of_memory, largest_part, too_large, tried
 from model.training.progress import Progress
-from model.training.ranks import Ranks, joined
-from model.training.settings import AUTO, WHOLE, Config, learning_rate, options, to_toml
-from model.training.state import State, from_checkpoint, new_state, to_checkpoint
+from model.training.ranks import FAILURES, Ranks, joined, told
+from model.training.resume import Origin, started
+from model.training.settings import WHOLE, Config, learning_rate
+from model.training.sources import given, options, to_toml
+from model.training.state import State, digest, from_checkpoint, new_state, to_checkpoint
 from model.training.stopping import StopRequest, stop_request
-from model.training.validation import bicubic_scores, draw_sheet, network_scores
+from model.training.validation import bicubic_scores, draw_sheet, network_scores, open_validation
+from prep.console import UnixCommand
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -107,7 +114,9 @@ def choose_micro_batch(state: State, config: Config, ranks: Ranks, search: bool)
         lr, hr = (torch.zeros(samples, 3, side, side) for side in (config.lr_patch, config.lr_patch * config.scale))
         descend(state.network, state, to_float((lr, hr), ranks.device), 1.0, config)
 
-    return ranks.least(largest_part(share, tried(step, ranks.device)))
+    with ranks.united():
+        found = largest_part(share, tried(step, ranks.device))
+    return ranks.least(found)
 
 
 def open_patches(config: Config) -> PatchDataset:
@@ -122,33 +131,44 @@ def open_patches(config: Config) -> PatchDataset:
 class Run:
     """A run in its folder: what is trained, on what, and when it speaks, saves and validates."""
 
-    def __init__(self, config: Config, resume: str | None, ranks: Ranks, stop: StopRequest) -> None:
+    def __init__(
+        self, config: Config, origin: Origin, ranks: Ranks, stop: StopRequest, *, allow_other_dataset: bool = False
+    ) -> None:
         self.config, self.ranks, self.stop = config, ranks, stop
         self.out, self.checkpoints = Path(config.out), Path(config.out, "checkpoints")
-        if resume is None and saving.any_in(self.checkpoints):
-            raise CheckpointError(
-                f"{self.checkpoints}: a run is already there; add --resume auto, or take another --out"
-            )
-        self.data = open_patches(config)
-        self.valid = None if config.valid_shards is None else ImageDataset(config.valid_shards, config.scale)
         share, pinned = config.share(ranks.world_size), ranks.device.type == "cuda"
-        self.loader = PatchLoader(
-            self.data, share, rank=ranks.rank, world_size=ranks.world_size, threads=config.workers, pin_memory=pinned
-        )
+        with ranks.united():
+            self.data = open_patches(config)
+            self.valid = None if config.valid_shards is None else open_validation(config.valid_shards, config.scale)
+            self.loader = PatchLoader(
+                self.data,
+                share,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                threads=config.workers,
+                pin_memory=pinned,
+            )
+        self.identity = dataset_identity(self.data.shards.index, config.scale)
+        valid = "" if self.valid is None else dataset_identity(self.valid.shards.index, config.scale)
+        self.valid_name = going_on.short(valid)  # what scores are kept by
+        ranks.agree("datasets", f"--shards {self.identity}\n--valid-shards {valid or 'none'}")
         self.state = new_state(config, ranks)
         self.saved: tuple[Path | None, float] = (None, time.monotonic())  # the newest checkpoint here, and since when
-        remarks = self.restore(resume)
+        self.failure: Exception | None = None  # of what the other ranks do not do, until they hear of it
+        with ranks.united():
+            remarks = self.restore(origin, allow_other_dataset)
+        ranks.agree("weights, moments and iteration", digest(self.state, self.place))
         (undecided,) = ranks.any_of(self.state.micro_batch is None)  # they decide together, though GPUs may differ
         if undecided:
             # Without a GPU, a process that asks for too much is killed; nothing is raised that could be caught.
             self.state.micro_batch = choose_micro_batch(self.state, config, ranks, ranks.device.type == "cuda")
         assert self.state.micro_batch is not None
 
-        self.out.mkdir(parents=True, exist_ok=True)
-        if ranks.first:
-            (self.out / "finished").unlink(missing_ok=True)
-            write_atomically(self.out / "config.toml", to_toml(config).encode())
-        self.progress = Progress(config, ranks, self.state.iteration)
+        with ranks.united():
+            if ranks.first:
+                (self.out / "finished").unlink(missing_ok=True)
+                write_atomically(self.out / "config.toml", to_toml(config).encode())
+            self.progress = Progress(config, ranks, self.state.iteration, stop)
         network, parts = self.state.network, -(-share // self.state.micro_batch)
         for line in [
             *remarks,
@@ -161,24 +181,27 @@ class Run:
         ]:
             self.progress.say(line)
 
-    def restore(self, resume: str | None) -> list[str]:
-        """Go on from a checkpoint, if there is one to go on from; gives what is to be said about it."""
-        if resume in (None, AUTO):
-            found = saving.read_newest(self.checkpoints)
-        else:
-            found = Path(str(resume)), read_raw(Path(str(resume))), []
-        if found is None:
-            return []
-        path, content, remarks = found
+    def restore(self, origin: Origin, allow_other_dataset: bool) -> list[str]:
+        """Go on from where the run was, if it was anywhere; gives what is to be said about it."""
+        stream = {
+            "scale": self.config.scale,
+            "lr_patch": self.config.lr_patch,
+            "augment": self.data.augment,
+            "datasets": [self.identity],
+        }
+        self.place: dict[str, Any] = stream | self.loader.state_dict()  # of the next step
+        remarks = [*origin.remarks, *going_on.changes(origin, self.config)]
+        if origin.path is None:
+            return remarks
+        path = Path(origin.path)
         try:
-            self.loader.load_state_dict(from_checkpoint(content, self.state, self.config, self.ranks))
-        except (CheckpointError, ShardsError) as error:
+            place = from_checkpoint(origin.content, self.state, self.config, self.ranks)
+            self.place, said = going_on.follow(place, self.place, allow_other_dataset)
+        except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        newer = saving.numbered(self.checkpoints)[:1]
-        if resume != AUTO and newer and newer[0].name > saving.name_of(self.state.iteration):
-            raise CheckpointError(f"{newer[0]}: is newer than {path}; take another --out, or --resume auto")
+        self.loader.load_state_dict(self.loader.state_dict() | {"sample": self.place["sample"]})
         self.saved = (path, time.monotonic())
-        return [*remarks, f"going on from {path}"]
+        return [*remarks, *said]
 
     def due(self, every: int) -> bool:
         """Whether something that is done every so many iterations, and at the end, is to be done now."""
@@ -190,30 +213,59 @@ class Run:
         """Write a checkpoint, unless this iteration has one."""
         path = self.checkpoints / saving.name_of(self.state.iteration)
         if self.saved[0] != path:
-            content = to_checkpoint(self.state, self.loader.state_dict(), self.config, self.ranks)
+            content = to_checkpoint(self.state, self.place, self.config, self.ranks)
             saving.save(path, content, self.config.keep)
             self.saved = (path, time.monotonic())
         return path
 
-    def validate(self, valid: ImageDataset) -> None:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """In which the first rank does what the others do not: an error ends all of them, when they meet again."""
+        try:
+            yield
+        except FAILURES as error:
+            self.failure = self.failure or error
+
+    def validate(self) -> None:
         """Score the averaged weights and draw pictures; if asked to stop meanwhile, leave it to the resumed run."""
+        assert self.valid is not None
+        if self.ranks.first:
+            with self.alone():
+                self.save()  # whatever becomes of the validation
         bicubic: Scores | None = None
-        if not self.progress.has("bicubic_psnr_y"):
-            bicubic = bicubic_scores(valid, self.ranks, self.stop)
-        scores = network_scores(self.state.ema, valid, self.ranks, self.stop)
-        if scores is None:
+        if self.ranks.decide(not self.progress.has("bicubic_psnr_y", self.valid_name)):
+            bicubic = bicubic_scores(self.valid, self.ranks, self.stop)
+        scores = network_scores(self.state.ema, self.valid, self.ranks, self.stop, self.progress.say)
+        if scores is None or not self.ranks.first or self.failure:
             return
-        if self.ranks.first:
-            if scores.psnr_y > self.progress.best():
+        with self.alone():
+            if scores.psnr_y > self.progress.best(self.valid_name):
                 saving.name_also(self.save(), saving.BEST)
-            draw_sheet(self.state.ema, valid, self.ranks, self.out / "samples" / f"{self.state.iteration:08d}.png")
-        self.progress.report_scores(self.state.iteration, scores, bicubic)
-        if self.ranks.first:
+            draw_sheet(self.state.ema, self.valid, self.ranks, self.out / "samples" / f"{self.state.iteration:08d}.png")
+            self.progress.report_scores(self.state.iteration, self.valid_name, scores, bicubic)
             write_curves(self.progress.log, self.out / "curves.png")
 
-    def step(self, batch: tuple[Tensor, Tensor], first: int) -> None:
+    def fetch(self, stream: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+        """Wait for this rank's share of the next step; None if there is none to take, or it cannot be had."""
+        if self.stop or self.failure or self.state.iteration >= self.config.iterations:
+            return None
+        asked, batch = time.perf_counter(), None
+        with self.alone():
+            batch = next(stream)
+        self.progress.waited += time.perf_counter() - asked
+        return batch
+
+    def step(self, batch: tuple[Tensor, Tensor]) -> None:
         """Take one step; one that is not finite is skipped and told, and too many in a row are an error."""
-        losses = train_step(self.state, batch, self.config, self.ranks)
+        try:
+            losses = train_step(self.state, batch, self.config, self.ranks)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"iteration {self.state.iteration + 1}: {too_large(self.state.micro_batch, self.config)}"
+            ) from error
+        first, self.place = self.place["sample"], self.place | self.loader.state_dict()
         if losses is not None:
             self.progress.add(losses)
             return
@@ -222,7 +274,8 @@ class Run:
             f"iteration {self.state.iteration}: the loss or its gradients are not finite for samples {first} to {last}"
         )
         if in_row > self.config.max_skipped:
-            raise TrainingError(f"{text}; {in_row} steps in a row, expected at most {self.config.max_skipped}")
+            text += f"; {in_row} steps in a row, expected at most {self.config.max_skipped}"
+            self.ranks.settle(TrainingError(text))  # in all of them alike
         self.progress.say(f"{text}; skipped, {self.state.skipped} steps so far")
 
     def go(self) -> None:
@@ -230,26 +283,28 @@ class Run:
         config, state, progress, ranks = self.config, self.state, self.progress, self.ranks
         stream = iter(self.loader)
         while True:
-            if self.valid and self.due(config.validate_every) and not progress.has("psnr_y", state.iteration):
+            wanted = self.valid is not None and self.due(config.validate_every)
+            if wanted and ranks.decide(not progress.has("psnr_y", self.valid_name, state.iteration)):
                 with progress.pause():
-                    self.validate(self.valid)
-            (stopping,) = ranks.any_of(bool(self.stop))
-            if stopping or state.iteration >= config.iterations:
+                    self.validate()
+            batch = self.fetch(stream)
+            stopping, failing = ranks.any_of(bool(self.stop), self.failure is not None)
+            if failing:
+                ranks.settle(self.failure)
+            if stopping or batch is None:
                 break
-            first, asked = self.loader.state_dict()["sample"], time.perf_counter()
-            batch = next(stream)
-            progress.waited += time.perf_counter() - asked
-            self.step(batch, first)
-            if any(self.due(n) for n in (config.log_every, config.validate_every, config.checkpoint_every)):
-                progress.report(state.iteration, learning_rate(state.iteration - 1, config))
-            late = time.monotonic() - self.saved[1] > 60 * config.checkpoint_minutes
-            if ranks.first and (late or self.due(config.checkpoint_every)):
-                with progress.pause():
-                    self.save()
+            self.step(batch)
+            with self.alone():
+                if any(self.due(n) for n in (config.log_every, config.validate_every, config.checkpoint_every)):
+                    progress.report(state.iteration, learning_rate(state.iteration - 1, config))
+                late = time.monotonic() - self.saved[1] > 60 * config.checkpoint_minutes
+                if ranks.first and (late or self.due(config.checkpoint_every)):
+                    with progress.pause():
+                        self.save()
         last = self.checkpoints / saving.LAST
+        if ranks.first:
+            self.save()
         if stopping:
-            if ranks.first:
-                self.save()
             why = self.stop.signal or "a signal to another rank"
             progress.say(f"stopped by {why} after iteration {state.iteration}, saved in {last}; --resume auto goes on")
         else:
@@ -257,25 +312,32 @@ class Run:
                 (self.out / "finished").touch()
             progress.say(f"finished: {state.iteration} iterations, {last}")
         progress.close()
+        if progress.lost is not None:
+            raise progress.lost
 
 
-@click.command()
+@click.command(cls=UnixCommand)
 @options
 @click.option("--resume", help="Checkpoint to go on from; auto: OUT's newest whole one, if there is one.")
-def main(resume: str | None, **settings: Any) -> None:
-    """Train a super-resolution network from shards. The defaults are ShuffleMixer's published recipe."""
+@click.option("--allow-other-dataset", is_flag=True, help="Go on from a checkpoint with other samples to learn from.")
+@click.pass_context
+def main(context: click.Context, /, resume: str | None, allow_other_dataset: bool, **values: Any) -> None:
+    """Train a super-resolution network from shards. The defaults are ShuffleMixer's published recipe.
+
+    With --resume, settings that are not given are those of the checkpoint, and paths those of OUT/config.toml.
+    """
+    chosen = given(context, values)
+    out = going_on.folder_of(chosen, resume)
     try:
-        config = Config(**settings)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
-    try:
-        with stop_request() as stop, joined(config.device) as ranks:
-            if config.batch_size % ranks.world_size:
-                expected = f"a multiple of the {ranks.world_size} ranks"
-                raise click.UsageError(f"--batch-size must be {expected}, got {config.batch_size}")
-            Run(config, resume, ranks, stop).go()
-    except (ShardsError, CheckpointError, TrainingError, MemoryError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+        device = going_on.local_device(out, chosen, resume)
+        with stop_request() as stop, joined(device) as ranks, started(out, chosen, resume, ranks) as (config, origin):
+            Run(config, origin, ranks, stop, allow_other_dataset=allow_other_dataset).go()
+    except click.ClickException:
+        raise
+    except (*FAILURES, TrainingError) as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC):
+            raise  # standard output's, which UnixCommand sees to
+        raise click.ClickException(told(error)) from error
 
 
 if __name__ == "__main__":

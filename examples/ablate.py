@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shlex
 import signal
 import statistics
@@ -25,8 +26,8 @@ import click
 from loader.safefile import write_atomically
 from model.curves import can_draw, finish, plot
 from model.shufflemixer import ShuffleMixer, ShuffleMixerConfig
-from model.training import settings
-from model.training.progress import LOG, read_log
+from model.training import sources
+from model.training.progress import LOG, VALID, read_log, score_of
 
 TRAINER = Path(__file__).resolve().parent.parent / "train.py"
 KERNEL_SIZES = (3, 5, 7)
@@ -89,12 +90,9 @@ def choose(available: Sequence[Variant], names: str | None) -> list[Variant]:
 def network_of(flags: Sequence[str]) -> ShuffleMixerConfig:
     """Give the network that train.py trains with these flags; click.UsageError for flags that it would refuse."""
 
-    @settings.options
-    def build(**options: Any) -> ShuffleMixerConfig:
-        try:
-            return settings.Config(**options).network
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
+    @sources.options
+    def build(**values: Any) -> ShuffleMixerConfig:
+        return sources.resolve(sources.given(click.get_current_context(), values), {}, {}).network
 
     lenient = {"ignore_unknown_options": True, "allow_extra_args": True}  # flags that are no settings
     command = click.command("train.py", context_settings=lenient)(build)
@@ -109,15 +107,17 @@ def summarise(
     entries = list(log)
     validated = [entry for entry in entries if "psnr_y" in entry]
     last = validated[-1] if validated and validated[-1]["iteration"] == iterations and not failure else None
-    baseline = next((entry for entry in entries if f"{BICUBIC}_psnr_y" in entry), None)
+    baselines = [entry for entry in entries if f"{BICUBIC}_psnr_y" in entry]
+    same = [entry for entry in baselines if validated and entry.get(VALID) == validated[-1].get(VALID)]
+    baseline = next(iter(same or baselines), None)  # of the images that the scores are of
     steps = [entry["seconds_per_step"] for entry in entries if "seconds_per_step" in entry]
     return Result(
         variant,
         network.parameter_count(),
         network.multiply_accumulates(),
-        {entry["iteration"]: entry["psnr_y"] for entry in validated},
-        {name: last[name] for name in SCORES} if last else None,
-        {name: baseline[f"{BICUBIC}_{name}"] for name in SCORES} if baseline else None,
+        {entry["iteration"]: score_of(entry["psnr_y"]) for entry in validated},
+        {name: score_of(last[name]) for name in SCORES} if last else None,
+        {name: score_of(baseline[f"{BICUBIC}_{name}"]) for name in SCORES} if baseline else None,
         statistics.median(steps) if steps else None,
         failure,
     )
@@ -136,7 +136,9 @@ def table(title: str, results: Sequence[Result]) -> str:
         scores = ["–"] * 4
         if result.scores:
             psnr_y, ssim_y, psnr_rgb = (result.scores[name] for name in SCORES)
-            difference = "–" if full is None else f"{psnr_y - full['psnr_y']:+.3f}"
+            difference = (
+                "–" if full is None or not math.isfinite(psnr_y - full["psnr_y"]) else f"{psnr_y - full['psnr_y']:+.3f}"
+            )
             scores = [f"{psnr_y:.3f}", f"{ssim_y:.4f}", f"{psnr_rgb:.3f}", difference]
         step = "–" if result.seconds_per_step is None else f"{result.seconds_per_step:.4f}"
         differs = result.variant.differs + (f" ({result.failure})" if result.failure else "")
@@ -162,7 +164,7 @@ def draw(title: str, results: Sequence[Result]) -> bytes:
     axis = figure.subplots()
     for number, result in enumerate(results):
         plot(axis, result.curve, result.variant.name, f"C{number}")
-    if bicubic := bicubic_of(results):
+    if (bicubic := bicubic_of(results)) and math.isfinite(bicubic["psnr_y"]):
         axis.axhline(bicubic["psnr_y"], color="0.4", linestyle="--", label=BICUBIC)
     axis.set(title=title, ylabel="PSNR-Y in dB, validation")
     finish(axis, legend=True)

@@ -62,6 +62,27 @@ def open_exclusive(path: Path, mode: int = 0o666) -> int:
     return os.open(path, _NEW, mode)
 
 
+def open_to_write(path: Path, flags: int = os.O_WRONLY | os.O_APPEND) -> int:
+    """Open a file of ours for writing, made if it is not there, and return its descriptor; no link is followed.
+
+    `flags` say how to write: by default after what is there.
+
+    Raises:
+        UnsafeFileError: the path is a link, no regular file, or another name of a file that may be elsewhere.
+        OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UnsafeFileError(errno.ELOOP, "a link, where a file is written", str(path)) from None
+    if os.fstat(_regular(descriptor, path)).st_nlink > 1:
+        os.close(descriptor)
+        raise UnsafeFileError(errno.EMLINK, "a file of several names, where one is written", str(path))
+    return descriptor
+
+
 def read_member(path: Path, limit: int) -> bytes:
     """Return the content of a file of ours; see `open_member`. OSError (EFBIG) if it has more than `limit` bytes."""
     return _read(open_member(path), path, limit)

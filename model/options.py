@@ -38,8 +38,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        (torch.zeros(1, device=device) + 1).item()  # "meta" has memory in name only
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # torch asserts where built without CUDA
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise click.BadParameter(f"cannot use {name!r}: {reason}", param_hint="'--device'") from error
     return device

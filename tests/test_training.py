@@ -14,7 +14,9 @@ from click.testing import CliRunner
 from model.training.memory import largest_part, peak_bytes, tried
 from model.training.progress import Progress, duration, read_log
 from model.training.ranks import Ranks, joined
-from model.training.settings import Config, learning_rate, options, to_toml
+from model.training.settings import Config, learning_rate
+from model.training.sources import given, options, resolve, to_toml
+from model.training.stopping import StopRequest
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -26,9 +28,9 @@ def config(**changes: Any) -> Config:
 
 @click.command()
 @options
-def show(**settings: Any) -> None:
+def show(**values: Any) -> None:
     """Print the settings that were understood."""
-    click.echo(to_toml(Config(**settings)))
+    click.echo(to_toml(resolve(given(click.get_current_context(), values), {}, {})))
 
 
 def shown(*flags: str) -> Any:
@@ -133,7 +135,7 @@ def test_progress_goes_to_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    progress = Progress(config(out=str(tmp_path)), ALONE, 0)
+    progress = Progress(config(out=str(tmp_path)), ALONE, 0, StopRequest())
     progress.record(3, {"loss": 0.5})
     progress.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -144,7 +146,7 @@ def test_progress_goes_to_tensorboard(tmp_path: Path) -> None:
 
 def test_progress_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    progress = Progress(config(out=str(tmp_path)), ALONE, 0)
+    progress = Progress(config(out=str(tmp_path)), ALONE, 0, StopRequest())
     progress.record(3, {"loss": 0.5})
     progress.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

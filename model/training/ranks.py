@@ -8,9 +8,22 @@ from dataclasses import dataclass
 import click
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from loader.format import ShardsError, one_line
+from model.checkpoints import CheckpointError
 from model.options import pick_device
+from model.training.sources import SettingsError
+from model.training.threads import own_cores, share_cores
+
+
+class RanksError(Exception):
+    """Ranks that do not agree, or of which one failed: the message says which, and why."""
+
+
+# What may happen to a run; all else is a mistake in the program, and shows where it was made.
+FAILURES = (ShardsError, CheckpointError, SettingsError, RanksError, click.ClickException, MemoryError, OSError)
 
 
 @dataclass(frozen=True)
@@ -23,7 +36,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the process that writes, speaks and decides."""
         return self.rank == 0
 
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
@@ -33,6 +46,10 @@ class Ranks:
         together = torch.tensor(flags, dtype=torch.int32, device=self.device)
         distributed.all_reduce(together, distributed.ReduceOp.MAX)
         return tuple(bool(one) for one in together.tolist())
+
+    def decide(self, flag: bool) -> bool:
+        """Give the first rank's flag to all."""
+        return self.any_of(self.first and flag)[0]
 
     def total(self, values: Tensor) -> Tensor:
         """Add up the tensors of all ranks, on this rank's device."""
@@ -47,6 +64,68 @@ class Ranks:
         if self.world_size > 1:
             distributed.all_reduce(together, distributed.ReduceOp.MIN)
         return int(together)
+
+    def gather(self, text: str) -> list[str]:
+        """Give the texts of all ranks, in order."""
+        if self.world_size == 1:
+            return [text]
+        data = text.encode("utf-8", "backslashreplace")
+        sizes = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
+        distributed.all_gather(sizes, torch.tensor(len(data), device=self.device))
+        padded = torch.zeros(max(map(int, sizes)) + 1, dtype=torch.uint8, device=self.device)
+        padded[: len(data)] = _tensor(data)
+        texts = [torch.empty_like(padded) for _ in sizes]
+        distributed.all_gather(texts, padded)
+        return [_bytes(one[: int(size)]).decode() for one, size in zip(texts, sizes, strict=True)]
+
+    def broadcast(self, data: bytes) -> bytes:
+        """Give the first rank's bytes to all."""
+        if self.world_size == 1:
+            return data
+        size = torch.tensor(len(data), device=self.device)
+        distributed.broadcast(size, 0)
+        tensor = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        if self.first:
+            tensor[:] = _tensor(data)
+        distributed.broadcast(tensor, 0)
+        return _bytes(tensor)
+
+    @contextmanager
+    def united(self) -> Iterator[None]:
+        """In which to do what may fail in some ranks, and must not leave others waiting: then all of them end.
+
+        The first rank raises its own error, or a RanksError that gives another's; the others end without a word. In
+        the block no rank may wait for another.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except FAILURES as error:
+            if self.world_size == 1:
+                raise
+            failure = error
+        self.settle(failure)
+
+    def settle(self, failure: Exception | None) -> None:
+        """End all ranks if one of them failed, as `united` does; all must call it."""
+        texts = self.gather("" if failure is None else told(failure))
+        if not any(texts):
+            return
+        if self.first:
+            rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
+            raise failure or RanksError(f"rank {rank}: {text}")
+        raise SystemExit(getattr(failure, "exit_code", 1)) from failure
+
+    def agree(self, what: str, text: str) -> None:
+        """End all ranks with a RanksError by the first, unless all give the same text, of one line or more."""
+        texts = self.gather(text)
+        for rank, other in enumerate(texts):
+            if other == texts[0]:
+                continue
+            ours, theirs = (one.split("\n") for one in (texts[0], other))
+            a, b = next((a, b) for a, b in zip([*ours, "nothing"], [*theirs, "nothing"], strict=False) if a != b)
+            failure = RanksError(f"{what}: expected the same in all ranks, got {a} in rank 0 and {b} in rank {rank}")
+            self.settle(failure)
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """Let a network's gradients be the mean over all ranks, once `backward` has ended."""
@@ -86,28 +165,96 @@ def joined(device: str) -> Iterator[Ranks]:
     """Take the place that RANK, LOCAL_RANK and WORLD_SIZE say, as torchrun sets them; without, be the only process.
 
     `device` is as for `pick_device`, "auto" and "cuda" being the GPU of the local rank. Raises click.BadParameter for
-    a device that cannot be used, click.ClickException where the other ranks are not found.
+    a device that cannot be used, click.ClickException where the other ranks are not found, or one is lost.
     """
-    world_size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    place = pick_device(device)
-    if place.type == "cuda" and ":" not in device:
+    world_size, local = (_number(name, default) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if world_size == 1:
+        yield Ranks(0, 1, local_device(device, local))
+        return
+    try:
+        ranks = _meet(device, local)
+    except (ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise click.ClickException(f"expected to meet the other {world_size - 1} ranks, got: {reason}") from error
+    try:
+        share_cores(ranks.rank, ranks.gather(own_cores()))
+        yield ranks
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        raise click.ClickException(f"rank {ranks.rank}: lost the other ranks; one that failed says why") from error
+    finally:
+        distributed.destroy_process_group()
+
+
+def local_device(name: str, local: int) -> torch.device:
+    """Give the device called `name` to a local rank, each GPU being touched by its own rank only."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if 1 < gpus <= local:
             raise click.BadParameter(
                 f"rank {local} of this machine has none of its {gpus} GPUs", param_hint="'--device'"
             )
-        place = torch.device("cuda", local % gpus)  # a cluster may show each process its own GPU only
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    if world_size == 1:
-        yield Ranks(0, 1, place)
-        return
+        name = f"cuda:{local % gpus}"  # a cluster may show each process its own GPU only
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def told(error: Exception) -> str:
+    """Say in one line what an error says."""
+    if isinstance(error, click.ClickException):
+        return one_line(error.format_message())
+    if isinstance(error, OSError) and error.filename is not None:
+        return one_line(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    if isinstance(error, MemoryError):
+        return one_line(str(error)) or "out of memory"
+    return one_line(str(error)) or type(error).__name__
+
+
+def _meet(device: str, local: int) -> Ranks:
+    """Meet the other ranks; they tell each other of their devices first, since one without a GPU would hang all."""
+    store, rank, world_size = next(rendezvous("env://"))
+    place, problem = None, ""
     try:
-        distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise click.ClickException(f"expected to meet the other {world_size - 1} ranks, got: {reason}") from error
+        place = local_device(device, local)
+    except click.ClickException as error:
+        problem = told(error)
+    store.set(f"srshards/{rank}", f"{place.type if place else ''} {problem}")
+    said = [store.get(f"srshards/{number}").decode().partition(" ") for number in range(world_size)]
+    for number, (kind, _, trouble) in enumerate(said):
+        if trouble or kind != said[0][0]:
+            text = trouble or f"expected a device of one kind in all ranks, got {said[0][0]} in rank 0, {kind} here"
+            store.set(f"srshards/read/{rank}", "")
+            if rank:
+                raise SystemExit(2)
+            for other in range(world_size):  # the store is rank 0's: it stays until all have read
+                store.get(f"srshards/read/{other}")
+            raise click.UsageError(f"--device {device}: rank {number}: {text}")
+    assert place is not None
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return Ranks(rank, world_size, place)
+
+
+def _number(name: str, default: int) -> int:
     try:
-        yield Ranks(distributed.get_rank(), world_size, place)
-    finally:
-        distributed.destroy_process_group()
+        return int(os.environ.get(name, default))
+    except ValueError:
+        raise click.UsageError(f"{name}: expected a whole number, got {os.environ[name]!r}") from None
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    """Whether an error of a collective operation comes of another rank's end."""
+    text = str(error).lower()
+    kind = getattr(distributed, "DistError", ())
+    return isinstance(error, kind) or any(word in text for word in ("gloo", "nccl", "connection"))
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.cpu().numpy().tobytes()

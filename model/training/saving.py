@@ -3,44 +3,50 @@
 import io
 import os
 import re
-import shutil
+import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loader.safefile import write_atomically
+from loader.safefile import read_member, write_atomically
 from model.checkpoints import CheckpointError, read_raw
 
-NUMBERED = re.compile(r"iteration-(\d+)\.pt")
+NUMBERED = re.compile(r"iteration-([0-9]+)\.pt")
 LAST, BEST = "last.pt", "best.pt"
 
 
 def save(path: Path, content: Mapping[str, Any], keep: int) -> None:
-    """Write a checkpoint, let last.pt be the same file, and drop all but the `keep` newest; a kill loses none."""
+    """Write a checkpoint, let last.pt be the same file, and drop all but the `keep` newest; a kill loses none.
+
+    Checkpoints of later iterations are not counted: the run went back behind them because they are damaged.
+    """
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*.part"):  # of a process that was killed
-        left.unlink(missing_ok=True)
+        with suppress(OSError):
+            left.unlink(missing_ok=True)
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     write_atomically(path, buffer.getvalue())
     name_also(path, LAST)
-    for old in numbered(folder)[keep:]:
+    for old in [one for one in numbered(folder) if number_of(one) <= number_of(path)][keep:]:
         old.unlink(missing_ok=True)
 
 
 def name_also(path: Path, name: str) -> None:
     """Let another name in the same folder stand for a checkpoint too, by a hard link where there are such."""
-    temporary = path.with_name(f".{name}.part")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # a name that nobody can have prepared
     try:
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
+        os.link(path, temporary, follow_symlinks=False)
+    except OSError:
+        write_atomically(path.with_name(name), read_member(path, path.stat().st_size))
+        return
+    try:
         temporary.replace(path.with_name(name))
-    finally:
+    finally:  # rename leaves both where they are one file already
         temporary.unlink(missing_ok=True)
 
 
@@ -49,9 +55,16 @@ def name_of(iteration: int) -> str:
     return f"iteration-{iteration:08d}.pt"
 
 
+def number_of(path: Path) -> int:
+    """The iteration that the name of a checkpoint says; -1 for another name."""
+    match = NUMBERED.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
 def numbered(folder: Path) -> list[Path]:
     """The checkpoints of a folder, newest first."""
-    return sorted((path for path in folder.glob("*.pt") if NUMBERED.fullmatch(path.name)), reverse=True)
+    found = [path for path in folder.glob("iteration-*.pt") if number_of(path) >= 0]
+    return sorted(found, key=lambda path: (number_of(path), path.name), reverse=True)
 
 
 def any_in(folder: Path) -> bool:

@@ -1,13 +1,9 @@
 """The settings of a training run: one dataclass, from which the flags and the keys of a TOML file follow."""
 
 import dataclasses
-import json
 import math
-import tomllib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import click
 
@@ -16,10 +12,11 @@ from model.shufflemixer import PRESETS, ShuffleMixerConfig
 
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16", "fp16")
-Command = TypeVar("Command", bound=Callable[..., Any])
 REQUIRED = dataclasses.MISSING
 WHOLE = "whole"  # a micro-batch that is all of a rank's share
 AUTO = "auto"
+PATHS = ("shards", "valid_shards", "out")
+LOCAL = (*PATHS, "device")  # where a run happens, not what it computes: checkpoints do not hold these
 
 
 class MicroBatch(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
@@ -47,7 +44,7 @@ def setting(default: Any, help: str, type: Any = None, **limits: float) -> Any:
 
 def count(default: Any, help: str) -> Any:
     """A whole number of at least 1."""
-    return setting(default, help, int, low=1)
+    return setting(default, help, int, low=1, below=2**31)
 
 
 def weight(default: float, of: str) -> Any:
@@ -57,7 +54,7 @@ def weight(default: float, of: str) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """One run's settings, as the flags of the same names; kept in its checkpoints. ValueError for bad values.
+    """One run's settings, as the flags of the same names; checkpoints keep all but `LOCAL`. ValueError for bad values.
 
     The defaults are the published recipe (Sun et al., "ShuffleMixer", NeurIPS 2022).
     """
@@ -86,7 +83,7 @@ class Config:
     precision: str = setting("fp32", "Of the network; losses are in fp32.", click.Choice(PRECISIONS))
     activation_checkpointing: bool = setting(False, "Compute blocks again in the backward pass, to save memory.")
     compile: bool = setting(False, "Compile the network by torch.compile.")
-    workers: int = count(2, "Threads that gather batches, in each rank.")
+    workers: int = setting(2, "Threads that gather batches, in each rank.", int, low=1, below=1025)
     seed: int = setting(0, "Of the first weights and of all samples.", int, low=0, below=2**63)
     device: str = setting(AUTO, "auto, cpu, cuda, cuda:1, ...", str)
     valid_shards: str | None = setting(None, "Dataset to validate on, at this scale too.", str)
@@ -105,6 +102,16 @@ class Config:
             if field.metadata["type"] in (int, float) and value is not None and not low <= value < high:
                 bounds = f"below {high}" if low == -math.inf else f"at least {low} and below {high}"
                 raise ValueError(f"{flag(field.name)} must be {bounds}, got {value}")
+            kind = field.metadata["type"]
+            if isinstance(kind, MicroBatch) and value not in (AUTO, WHOLE) and not (type(value) is int and value >= 1):
+                raise ValueError(f"{flag(field.name)} must be at least 1, {AUTO} or {WHOLE}, got {value!r}")
+            if isinstance(kind, click.Choice) and value not in kind.choices:
+                raise ValueError(f"{flag(field.name)} must be one of {', '.join(kind.choices)}, got {value!r}")
+        for name in PATHS:
+            path = getattr(self, name)
+            if path is not None and (not path or "\0" in path):
+                got = "a path with a NUL" if path else "an empty one"
+                raise ValueError(f"{flag(name)} must be a path, got {got}")
         _ = self.network, self.losses  # each refuses what it cannot be
 
     @property
@@ -130,65 +137,6 @@ class Config:
 def flag(name: str) -> str:
     """The flag of a setting."""
     return "--" + name.replace("_", "-")
-
-
-def options(command: Command) -> Command:
-    """Give a command a flag for every setting, and `--config`; flags win over the file."""
-    for field in reversed(dataclasses.fields(Config)):
-        spelling, shown = flag(field.name), field.default not in (REQUIRED, None)
-        if isinstance(field.default, bool):
-            spelling += f"/{flag('no_' + field.name)}"
-        command = click.option(
-            spelling,
-            field.name,
-            type=field.metadata["type"],
-            required=field.default is REQUIRED,
-            default=field.default if shown else None,
-            show_default=shown,
-            help=field.metadata["help"],
-        )(command)
-    path = click.Path(path_type=Path, dir_okay=False)
-    text = "TOML file of settings, named as the flags, with underscores; flags win."
-    return click.option("--config", type=path, is_eager=True, expose_value=False, callback=_take_file, help=text)(
-        command
-    )
-
-
-def _take_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
-    """Let the settings of a TOML file be the defaults; click.BadParameter if it is none or has other keys."""
-    if path is None:
-        return
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise click.BadParameter(f"{path}: {error}") from error
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    for name, value in values.items():
-        if name not in fields:
-            raise click.BadParameter(f"{path}: {name}: expected one of {', '.join(fields)}")
-        expected, kinds = _kinds(fields[name])
-        if type(value) not in kinds:
-            raise click.BadParameter(f"{path}: {name}: expected {expected}, got {value!r}")
-    context.default_map = {**(context.default_map or {}), **values}
-
-
-def _kinds(field: dataclasses.Field[Any]) -> tuple[str, tuple[type, ...]]:
-    """The types that a setting may have in a file, in words and as such."""
-    if isinstance(field.default, bool):
-        return "true or false", (bool,)
-    if field.metadata["type"] is int:
-        return "a whole number", (int,)
-    if field.metadata["type"] is float:
-        return "a number", (int, float)
-    if isinstance(field.metadata["type"], MicroBatch):
-        return "a whole number or a string", (int, str)
-    return "a string", (str,)
-
-
-def to_toml(config: Config) -> str:
-    """Settings as a file that `--config` takes."""
-    lines = [f"{name} = {json.dumps(value)}" for name, value in asdict(config).items() if value is not None]
-    return "\n".join(lines) + "\n"
 
 
 def learning_rate(iteration: int, config: Config) -> float:

@@ -1,6 +1,7 @@
 """Everything that training changes, and its way into a checkpoint and back."""
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from model.checkpoints import CheckpointError
 from model.shufflemixer import ShuffleMixer
 from model.training.ranks import Ranks
 from model.training.settings import AUTO, Config
+from model.training.sources import portable
 
 ADAM_BETAS = (0.9, 0.99)
 # What the largest micro-batch that fits depends on, besides the GPU and the network.
@@ -69,15 +71,15 @@ def to_checkpoint(state: State, place: Mapping[str, Any], config: Config, ranks:
         "skipped_in_row": state.skipped_in_row,
         "micro_batch": state.micro_batch,
         "micro_batch_for": _memory_needs(config, ranks),
-        "config": asdict(config),
+        "config": portable(config),
     }
 
 
 def from_checkpoint(content: Mapping[str, Any], state: State, config: Config, ranks: Ranks) -> dict[str, Any]:
     """Set a new state to that of a checkpoint, and give the place in the sample stream.
 
-    The learning rate is that of `config`. Raises CheckpointError if the checkpoint is of another network or lacks
-    something.
+    The learning rate is that of `config`, and so is all else that the optimiser is set to. Raises CheckpointError if
+    the checkpoint is of another network or lacks something.
     """
     try:
         expected = asdict(config.network)
@@ -85,7 +87,8 @@ def from_checkpoint(content: Mapping[str, Any], state: State, config: Config, ra
             raise ValueError(f"network: expected {expected}, got {content['network']}")
         state.network.load_state_dict(content["params"])
         state.ema.load_state_dict(content["params_ema"])
-        state.optimiser.load_state_dict(content["optimiser"])
+        groups = state.optimiser.state_dict()["param_groups"]
+        state.optimiser.load_state_dict({"state": content["optimiser"]["state"], "param_groups": groups})
         if state.scaler.is_enabled() and content["scaler"]:
             state.scaler.load_state_dict(content["scaler"])
         torch.set_rng_state(content["random"])
@@ -102,3 +105,18 @@ def _memory_needs(config: Config, ranks: Ranks) -> dict[str, Any]:
     """What the largest micro-batch that fits depends on."""
     gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
     return {"gpu": gpu, "network": asdict(config.network)} | {name: getattr(config, name) for name in MEMORY_SETTINGS}
+
+
+def digest(state: State, place: Mapping[str, Any]) -> str:
+    """SHA-256 of all that ranks must have alike before they train together: weights, moments, iteration and place."""
+    content = hashlib.sha256()
+    moments = state.optimiser.state_dict()["state"]
+    tensors = [*state.network.state_dict().items(), *state.ema.state_dict().items()]
+    tensors += [(f"{index}.{name}", value) for index, one in moments.items() for name, value in one.items()]
+    for name, value in tensors:
+        content.update(name.encode())
+        if isinstance(value, Tensor):
+            content.update(value.detach().cpu().contiguous().numpy().tobytes())
+    numbers = state.iteration, state.skipped, state.skipped_in_row, state.scaler.state_dict(), sorted(place.items())
+    content.update(repr(numbers).encode())
+    return content.hexdigest()

@@ -10,12 +10,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether a signal came: `signal` is its name, or None."""
+    """Whether a run is to end: `signal` is the name of the signal that came, or what else asks for it; or None."""
 
     signal: str | None = None
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def ask(self, why: str) -> None:
+        """Ask a run to end, unless it is asked already."""
+        self.signal = self.signal or why
 
 
 @contextmanager

@@ -1,29 +1,54 @@
 """Scores of a network on whole images, shared by all ranks, and pictures of some of them."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from loader import ImageDataset
+from loader import ImageDataset, ShardsError
+from loader.format import one_line
 from model.evaluate import score_pairs
-from model.metrics import Scores, mean_scores
+from model.metrics import WINDOW, Image, Scores, mean_scores
 from model.pairs import shard_pairs
 from model.sheet import make_row, write_sheet
 from model.shufflemixer import ShuffleMixer
+from model.tiled import FEATURE_COPIES, SMALLEST, Tiling, receptive_radius
+from model.training.memory import free_bytes, is_out_of_memory
 from model.training.ranks import Ranks
 from model.training.stopping import StopRequest
 from model.upscalers import Upscaler, bicubic_upscaler, network_upscaler
 
 SHEET_ROWS = 4
+Note = Callable[[str], None]
 
 
-def network_scores(network: ShuffleMixer, images: ImageDataset, ranks: Ranks, stop: StopRequest) -> Scores | None:
+def open_validation(folder: str, scale: int) -> ImageDataset:
+    """Open a dataset to validate on; ShardsError if an image cannot be scored, now rather than after hours."""
+    images = ImageDataset(folder, scale)
+    if not len(images):
+        raise ShardsError(f"{one_line(folder)}: expected at least one image to validate on, got none")
+    sides = np.minimum(*images.shards.index.sizes(scale)) * scale
+    small = np.flatnonzero(sides - 2 * scale < WINDOW)
+    if small.size:
+        least, name = WINDOW + 2 * scale, one_line(images.names[int(small[0])])
+        raise ShardsError(
+            f"{one_line(folder)}: expected images of at least {least} × {least} pixels to validate on (SSIM's window "
+            f"of {WINDOW} inside a border of {scale}, as wide as the scale), got {small.size} of {len(images)} smaller:"
+            f" {name}{', ...' if small.size > 1 else ''}"
+        )
+    return images
+
+
+def network_scores(
+    network: ShuffleMixer, images: ImageDataset, ranks: Ranks, stop: StopRequest, note: Note
+) -> Scores | None:
     """Average a network's scores over all images, each scored by one rank; None in all ranks if one is to stop.
 
-    A border as wide as the scale is left out.
+    A border as wide as the scale is left out. `note` is told once where images are enlarged tile by tile.
     """
-    return _shared(network_upscaler(network, ranks.device), images, ranks, stop)
+    return _shared(fitting_upscaler(network, ranks.device, note), images, ranks, stop)
 
 
 def bicubic_scores(images: ImageDataset, ranks: Ranks, stop: StopRequest) -> Scores | None:
@@ -31,13 +56,58 @@ def bicubic_scores(images: ImageDataset, ranks: Ranks, stop: StopRequest) -> Sco
     return _shared(bicubic_upscaler(images.scale), images, ranks, stop)
 
 
+def fitting_upscaler(network: ShuffleMixer, device: torch.device, note: Note) -> Upscaler:
+    """Enlarge images as a whole, or tile by tile, ever smaller, where memory does not suffice.
+
+    Raises MemoryError where the smallest tile does not fit.
+    """
+    said: list[str] = []
+
+    def upscale(lr: Image) -> Image:
+        height, width = lr.shape[:2]
+        for tiling in _tilings(network, device, height, width):
+            if tiling is not None and not said:
+                said.append(
+                    f"images to validate on that do not fit into memory ({height} × {width} in LR) are enlarged "
+                    f"tile by tile, {tiling.tile} pixels wide"
+                )
+                note(said[0])
+            try:
+                return network_upscaler(network, device, tiling=tiling)(lr)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        raise MemoryError(f"expected memory to validate an image of {height} × {width} pixels, tile by tile, got none")
+
+    return upscale
+
+
+def _tilings(network: ShuffleMixer, device: torch.device, height: int, width: int) -> Iterator[Tiling | None]:
+    """Ways to enlarge an image, from the fastest to the one that takes the least memory."""
+    # A GPU says that memory ran out; a machine kills the process, so there it is not tried.
+    needed = height * width * network.config.features * network.config.scale**2 * 4 * FEATURE_COPIES
+    fits = device.type != "cpu" or needed < free_bytes()
+    if fits:
+        yield None
+    tile, overlap = max(height, width) // 2, receptive_radius(network)
+    while not fits and tile > SMALLEST and (tile + 2 * overlap) ** 2 * (needed // (height * width)) > free_bytes():
+        tile //= 2
+    while tile >= SMALLEST:
+        yield Tiling(tile, overlap)
+        tile //= 2
+    yield Tiling(SMALLEST // 2, overlap)
+
+
 def _shared(upscale: Upscaler, images: ImageDataset, ranks: Ranks, stop: StopRequest) -> Scores | None:
     scores = torch.zeros((len(images), 4), dtype=torch.float64)
     mine = range(ranks.rank, len(images), ranks.world_size)
-    for number, (_, one) in zip(mine, score_pairs(upscale, shard_pairs(images, mine), images.scale), strict=False):
-        scores[number] = torch.tensor(astuple(one), dtype=torch.float64)
-        if stop:
-            break
+    with ranks.united():
+        for number, (_, one) in zip(mine, score_pairs(upscale, shard_pairs(images, mine), images.scale), strict=False):
+            scores[number] = torch.tensor(astuple(one), dtype=torch.float64)
+            if stop:
+                break
     if ranks.any_of(bool(stop))[0]:
         return None
     return mean_scores(Scores(*row) for row in ranks.total(scores).tolist())
@@ -45,7 +115,7 @@ def _shared(upscale: Upscaler, images: ImageDataset, ranks: Ranks, stop: StopReq
 
 def draw_sheet(network: ShuffleMixer, images: ImageDataset, ranks: Ranks, path: Path) -> None:
     """Draw what the network, and bicubic enlargement, make of the first images."""
-    upscale, bicubic = network_upscaler(network, ranks.device), bicubic_upscaler(images.scale)
+    upscale, bicubic = fitting_upscaler(network, ranks.device, lambda _: None), bicubic_upscaler(images.scale)
     path.parent.mkdir(exist_ok=True)
     some = shard_pairs(images, range(min(SHEET_ROWS, len(images))))
     write_sheet(

@@ -1,0 +1,203 @@
+"""Where settings come from: flags, then `--config`, then what the run was started with, then the defaults.
+
+A file of settings is TOML with the names of the flags. TOML is Unicode, paths are bytes: one that is not UTF-8 is
+written as `{ hex = "2f746d70" }`.
+"""
+
+import dataclasses
+import math
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from loader.format import one_line
+from loader.safefile import read_named
+from model.training.settings import LOCAL, PATHS, REQUIRED, Config, MicroBatch, flag
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Settings = Mapping[str, Any]
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+LIMIT = 1 << 20  # bytes of a file of settings
+CHOSEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+
+
+class SettingsError(Exception):
+    """Settings that cannot be used: the message says which, what was expected and what was got."""
+
+
+def options(command: Command) -> Command:
+    """Give a command a flag for every setting, `--config` and `--unset`; `given` makes sense of what it receives."""
+    for field in reversed(FIELDS.values()):
+        spelling, shown = flag(field.name), field.default not in (REQUIRED, None)
+        if isinstance(field.default, bool):
+            spelling += f"/{flag('no_' + field.name)}"
+        command = click.option(
+            spelling,
+            field.name,
+            type=field.metadata["type"],
+            default=field.default if shown else None,
+            show_default=shown,
+            help=field.metadata["help"],
+        )(command)
+    names = [flag(name)[2:] for name, field in FIELDS.items() if field.default is not REQUIRED]
+    text = "Take the default of a setting, whatever --config or the checkpoint says; may be repeated."
+    command = click.option("--unset", type=click.Choice(names), metavar="NAME", multiple=True, help=text)(command)
+    path = click.Path(path_type=Path, dir_okay=False)
+    text = "TOML file of settings, named as the flags, with underscores; flags win."
+    return click.option("--config", type=path, is_eager=True, expose_value=False, callback=_take_file, help=text)(
+        command
+    )
+
+
+def given(context: click.Context, values: Settings) -> dict[str, Any]:
+    """Return the settings that the command line or `--config` gives, those that `--unset` names as their defaults.
+
+    `values` is what a command with `options` was called with. Raises click.UsageError for a setting that is both set
+    and unset.
+    """
+    sources = {name: context.get_parameter_source(name) for name in FIELDS}
+    chosen = {
+        name: values[name] for name, source in sources.items() if source in (*CHOSEN, ParameterSource.DEFAULT_MAP)
+    }
+    for word in values["unset"]:
+        name = word.replace("-", "_")
+        if sources[name] in CHOSEN:
+            raise click.UsageError(f"{flag(name)} and --unset {word}: expected one of them")
+        chosen[name] = FIELDS[name].default
+    return chosen
+
+
+def resolve(chosen: Settings, stored: Settings, local: Settings) -> Config:
+    """Make a run's configuration of what is `given`, what the run had before, and its paths in OUT/config.toml.
+
+    Raises click.UsageError where a setting is missing or has a bad value.
+    """
+    settled = {name: value for name, value in stored.items() if name not in LOCAL}
+    settled |= {name: value for name, value in local.items() if name in LOCAL}
+    settled |= chosen
+    for name, field in FIELDS.items():
+        if field.default is REQUIRED and name not in settled:
+            raise click.UsageError(f"Missing option '{flag(name)}'.")
+    try:
+        return Config(**settled)
+    except ValueError as error:
+        raise click.UsageError(one_line(str(error))) from error
+
+
+def differences(stored: Settings, config: Config) -> list[str]:
+    """Name the settings that differ from those stored with a run, old → new; a setting it lacks had its default."""
+    return [
+        f"{flag(name)}: {_shown(stored.get(name, field.default))} → {_shown(getattr(config, name))}"
+        for name, field in FIELDS.items()
+        if name not in LOCAL and stored.get(name, field.default) != getattr(config, name)
+    ]
+
+
+def portable(config: Config) -> dict[str, Any]:
+    """Return the settings that a checkpoint holds: all but those of a place."""
+    return {name: value for name, value in asdict(config).items() if name not in LOCAL}
+
+
+def checked(values: Settings, where: str) -> dict[str, Any]:
+    """Return settings from a file, each of a known name and of its type; paths decoded. SettingsError for others."""
+    settled = {}
+    for name, value in values.items():
+        if name not in FIELDS:
+            raise SettingsError(f"{where}: {_shown(name)}: expected one of {', '.join(FIELDS)}")
+        field = FIELDS[name]
+        if name in PATHS:
+            value = _path(value)
+        expected, kinds = _kinds(field)
+        if type(value) not in kinds or (type(value) is int and abs(value) >= 1 << 64):
+            raise SettingsError(f"{where}: {name}: expected {expected}, got {_shown(value, repr)}")
+        settled[name] = float(value) if field.metadata["type"] is float else value
+    return settled
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a TOML file of settings. SettingsError naming it where it is none, OSError where it cannot be read."""
+    try:
+        values = tomllib.loads(read_named(path, LIMIT).decode())
+    except (ValueError, RecursionError) as error:  # the parser's own error, bytes that are no UTF-8, numbers too long
+        reason = "tables nested too deep" if isinstance(error, RecursionError) else one_line(str(error))
+        raise SettingsError(f"{one_line(str(path))}: {reason}") from error
+    return checked(values, one_line(str(path)))
+
+
+def to_toml(config: Config) -> str:
+    """Write settings as a file that `--config` takes; those that are None are left out."""
+    return "".join(f"{name} = {_toml(value)}\n" for name, value in asdict(config).items() if value is not None)
+
+
+def _take_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    """Let the settings of a TOML file be the defaults; click.BadParameter if it is none or has other keys."""
+    if path is None:
+        return
+    try:
+        values = read_settings(path)
+    except SettingsError as error:
+        raise click.BadParameter(str(error)) from error
+    except OSError as error:
+        raise click.BadParameter(f"{one_line(str(path))}: {error.strerror}") from error
+    context.default_map = {**(context.default_map or {}), **values}
+
+
+def _kinds(field: dataclasses.Field[Any]) -> tuple[str, tuple[type, ...]]:
+    """The types that a setting may have in a file, in words and as such."""
+    if isinstance(field.default, bool):
+        return "true or false", (bool,)
+    empty = (type(None),) if field.default is None else ()
+    if field.metadata["type"] is int:
+        return "a whole number", (int, *empty)
+    if field.metadata["type"] is float:
+        return "a number", (int, float)
+    if isinstance(field.metadata["type"], MicroBatch):
+        return "a whole number or a string", (int, str)
+    return "a string", (str, *empty)
+
+
+def _path(value: Any) -> Any:
+    """A path from a file as Python writes it, `os.fsdecode` of its bytes; what is none is given back."""
+    try:
+        if isinstance(value, str):
+            return os.fsdecode(value.encode("utf-8"))
+        if isinstance(value, dict) and list(value) == ["hex"]:
+            return os.fsdecode(bytes.fromhex(value["hex"]))
+    except (ValueError, TypeError):
+        pass
+    return value
+
+
+def _shown(value: Any, spell: Callable[[Any], str] = str) -> str:
+    try:
+        text = one_line(spell(value))
+    except (ValueError, RecursionError):  # whole numbers of thousands of digits, lists in lists without end
+        return f"a {type(value).__name__} that is too long to show"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # inf, -inf and nan are TOML's names too
+    if not isinstance(value, str):
+        return repr(value)
+    name = os.fsencode(value)
+    try:
+        return '"' + "".join(_toml_character(c) for c in name.decode("utf-8")) + '"'
+    except UnicodeDecodeError:
+        return f'{{ hex = "{name.hex()}" }}'
+
+
+def _toml_character(c: str) -> str:
+    if c in '"\\':
+        return "\\" + c
+    return f"\\u{ord(c):04x}" if ord(c) < 0x20 or ord(c) == 0x7F else c
