@@ -91,13 +91,15 @@ def read_pickle(data: bytes) -> Any:
     """Return what a pickle of `torch.save` holds, with a StoredTensor for each tensor and a dict for an OrderedDict.
 
     Raises:
-        ValueError: it is damaged, or holds something else; PickleError says what.
+        PickleError: it is damaged, or holds something else.
     """
     if len(data) > MAX_BYTES:
         raise PickleError(f"expected a pickle of at most {MAX_BYTES} bytes, got {len(data)}")
     try:
         content = _Machine().run(data)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except PickleError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise PickleError(f"a damaged pickle ({type(error).__name__})") from error
     _check_extent(content)
     return content
