@@ -7,6 +7,7 @@ and names five functions or so. That subset is interpreted here, into plain cont
 
 from __future__ import annotations
 
+import io
 import math
 import pickletools
 from dataclasses import dataclass
@@ -39,6 +40,15 @@ GLOBALS = {*DTYPES, ORDERED_DICT, TENSOR, PARAMETER}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+OTHERS = {
+    "PROTO", "STOP", "MARK", "TUPLE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "EMPTY_DICT", "EMPTY_LIST",
+    "APPEND", "APPENDS", "SETITEM", "SETITEMS", "GLOBAL", "BINPERSID", "REDUCE", "BUILD",
+}  # fmt: skip
+OPCODES = {
+    opcode.code.encode("latin-1"): opcode
+    for opcode in pickletools.opcodes
+    if opcode.name in CONSTANTS.keys() | NUMBERS | TUPLES.keys() | OTHERS
+}
 
 
 class PickleError(ValueError):
@@ -114,7 +124,16 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, data: bytes) -> Any:
-        for opcode, argument, _ in pickletools.genops(data):
+        stream = io.BytesIO(data)
+        while code := stream.read(1):
+            opcode = OPCODES.get(code)
+            if opcode is None:
+                raise PickleError(f"an opcode {code!r}, which torch does not write")
+            argument: Any
+            if opcode.name == "GLOBAL":  # whose reader would look for escapes
+                argument = b" ".join(stream.readline()[:-1] for _ in range(2)).decode("latin-1")
+            else:
+                argument = opcode.arg.reader(stream) if opcode.arg is not None else None
             if opcode.name == "STOP":
                 (content,) = self.stack
                 if self.below:
@@ -160,7 +179,7 @@ class _Machine:
                     _set(self.stack[-1], pairs)
                 case "GLOBAL":
                     if argument not in GLOBALS:
-                        raise PickleError(f"it names {argument.replace(' ', '.')}")
+                        raise PickleError(f"it names {argument[:100].replace(' ', '.')}")
                     stack.append(_Global(argument))
                 case "BINPERSID":
                     stack.append(_storage(stack.pop()))
@@ -174,8 +193,6 @@ class _Machine:
                 case "PROTO":
                     if argument != 2:
                         raise PickleError(f"expected pickle protocol 2, torch's own, got {argument}")
-                case _:
-                    raise PickleError(f"an opcode {name}, which torch does not write")
 
     def pop(self, count: int) -> tuple[Any, ...]:
         """The last so many values, in order."""

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,11 +70,18 @@ def receptive_radius(network: nn.Module) -> int:
     """Tell how many LR pixels away the input can matter to an output, at most.
 
     Each convolution of k x k looks k // 2 pixels of its own size around it, which are k // 2 LR pixels or less, and
-    those one after another add up. Counting all of the network's bounds the longest path, and also the bilinear
-    enlargement beside them, which looks at the neighbouring pixel only. 17 for tiny, 37 for base.
+    those one after another add up; dilation d makes them d times as many. Counting all of the network's, and its
+    pooling, bounds the longest path, and also the bilinear enlargement beside them, which looks at the neighbouring
+    pixel only. 17 for tiny, 37 for base. Of a network edited so that it sees a whole image at once, it is too little.
     """
-    sides = [module.kernel_size for module in network.modules() if isinstance(module, nn.Conv2d)]
-    return max(1, sum(max(side) // 2 for side in sides))
+    windows: list[Any] = [module for module in network.modules() if hasattr(module, "kernel_size")]
+    return max(1, sum(_reach(module.kernel_size, getattr(module, "dilation", 1)) for module in windows))
+
+
+def _reach(kernel_size: Any, dilation: Any) -> int:
+    """Pixels that a window of that size looks to its sides, at most; both numbers may differ along the axes."""
+    sides, steps = (value if isinstance(value, tuple) else (value, value) for value in (kernel_size, dilation))
+    return max(int(step * (side - 1) + 1) // 2 for side, step in zip(sides, steps, strict=True))
 
 
 def automatic_tiling(network: ShuffleMixer, height: int, width: int) -> Tiling | None:

@@ -75,8 +75,9 @@ def _adam(theirs: Any, ours: Mapping[str, Any], parameters: Sequence[Tensor], it
     taken = []
     for number, (group, own) in enumerate(zip(groups, ours["param_groups"], strict=True)):
         path = f"optimiser.param_groups.{number}"
-        if _mapping(path, group).get("params") != own["params"] or not _all_whole(group["params"]):
-            raise _misfit(f"{path}.params", f"0 to {len(parameters) - 1}", group.get("params"))
+        numbers = _mapping(path, group).get("params")
+        if not _all_whole(numbers) or numbers != own["params"]:
+            raise _misfit(f"{path}.params", f"0 to {len(parameters) - 1}", numbers)
         for name in ADAM:
             if name in group and name in own and _plain(f"{path}.{name}", group[name]) != own[name]:
                 raise _misfit(f"{path}.{name}", own[name], group[name])
