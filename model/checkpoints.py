@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from loader.format import ShardsError, one_line
+from model.archive import Archive, opened
+from model.pickled import StoredTensor
 from model.shufflemixer import ShuffleMixer, ShuffleMixerConfig
 
+WEIGHTS_OF_BLOCK = 20  # at least: two layers, each of five convolutions with their biases
 WEIGHT_KEYS = {"ema": ("params_ema", "params"), "raw": ("params", "params_ema")}
 
 
-class CheckpointError(Exception):
-    """A file of weights that cannot be used: the message says which, what was expected and what was got."""
+class CheckpointError(ShardsError):
+    """A file of weights that cannot be used, in one line: which, what was expected and what was got."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
+
+
+class Shaped(Protocol):
+    """A tensor, or the description of one."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its sizes."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +50,13 @@ class Checkpoint:
 
     def build(self) -> ShuffleMixer:
         """Build the network and load the weights strictly; CheckpointError if a name or shape differs."""
+        check_shapes(self.path, self.config, self.weights)
         network = ShuffleMixer.from_config(self.config)
-        expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-        got = {name: tuple(value.shape) for name, value in self.weights.items()}
-        if expected != got:
-            misfits = [
-                f"{name}: expected {expected.get(name, 'no such name')}, got {got.get(name, 'nothing')}"
-                for name in sorted(expected.keys() | got.keys())
-                if expected.get(name) != got.get(name)
-            ]
-            more = f"; and {len(misfits) - 5} more" if len(misfits) > 5 else ""
-            shown = "; ".join(misfits[:5])
-            raise CheckpointError(f"{self.path}: not the weights of {self.config}: {shown}{more}")
-        network.load_state_dict(self.weights)
+        network.load_state_dict(self.weights)  # in float32, whatever they were stored as
         return network
 
 
-def infer_config(weights: Mapping[str, Tensor]) -> ShuffleMixerConfig:
+def infer_config(weights: Mapping[str, Shaped]) -> ShuffleMixerConfig:
     """Tell the network's shape from its weights' names and shapes. Whether it shuffles cannot be told: it does.
 
     Raises KeyError for a weight that is missing, ValueError or IndexError for shapes that no network has.
@@ -62,10 +69,13 @@ def infer_config(weights: Mapping[str, Tensor]) -> ShuffleMixerConfig:
     factors = {4: 2, 9: 3}
     if widening not in factors:
         raise ValueError(f"upsapling.0.weight must widen the features 4- or 9-fold, got {widening}-fold")
+    blocks = len({match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))})
+    if len(weights) < WEIGHTS_OF_BLOCK * blocks:
+        raise ValueError(f"{blocks} blocks must have at least {WEIGHTS_OF_BLOCK} weights each, got {len(weights)}")
     return ShuffleMixerConfig(
         features=features,
         kernel_size=weights["blocks.0.net.0.spatial.weight"].shape[-1],
-        blocks=len({match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}),
+        blocks=blocks,
         mlp_ratio=hidden // width,
         scale=4 if "upsapling.3.weight" in weights else factors[widening],
         split=width != features,
@@ -74,7 +84,7 @@ def infer_config(weights: Mapping[str, Tensor]) -> ShuffleMixerConfig:
     )
 
 
-def find_config(path: Path, content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ShuffleMixerConfig:
+def find_config(path: Path, content: Mapping[str, Any], weights: Mapping[str, Shaped]) -> ShuffleMixerConfig:
     """Give the shape of the network of a checkpoint: what its `network` says, or else what its weights tell.
 
     `network` is a mapping of the fields of `ShuffleMixerConfig`, by `dataclasses.asdict`. Raises CheckpointError,
@@ -110,38 +120,120 @@ def find_config(path: Path, content: Mapping[str, Any], weights: Mapping[str, Te
 def read_raw(path: Path) -> Mapping[str, Any]:
     """Read the mapping that a `torch.save` file holds, onto the CPU; CheckpointError if there is none.
 
-    Always with `weights_only=True`: a file of weights must not be able to run code.
+    It is read as data (see `model.pickled`): a file of weights must not be able to run code, nor to take more memory
+    than it has bytes. Tensors that share a storage in the file share their memory.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; expected a checkpoint")
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch writes checksums, and does not look at them
-                    raise zipfile.BadZipFile(f"{damaged} is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise nearly anything, from KeyError to UnpicklingError
-        # Torch's own words are left out: they advise to load the file in the way that lets it run code.
-        raise CheckpointError(
-            f"{path}: expected tensors written by torch.save, got a damaged file or other content"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: expected a mapping of weights, got {type(content).__name__}")
-    return content
+    with _open(path) as archive:
+        tensors: dict[int, StoredTensor] = {}
+        _find_tensors(archive.content, tensors)
+        read = dict(zip(tensors, archive.read_all(tensors.values()), strict=True))
+        content: Mapping[str, Any] = _with_tensors(archive.content, read)
+        return content
 
 
 def load_checkpoint(path: Path, prefer: Literal["ema", "raw"] = "ema") -> Checkpoint:
     """Read a checkpoint: ours, BasicSR's (`params`, `params_ema`), or a bare state dict.
 
     `prefer` says which weights to take from a file that holds both; with one set only, that one is taken.
-    The network's shape is told from the weights, unless the file's `network` says it: see `find_config`.
-    Raises CheckpointError.
+    The network's shape is told from the weights, unless the file's `network` says it: see `find_config`. Prefixes
+    that DataParallel and torch.compile put before names are taken off. Nothing is allocated before every name and
+    shape is compared with those of the network. Raises CheckpointError.
     """
-    content = read_raw(path)
-    key = next((key for key in WEIGHT_KEYS[prefer] if key in content), "bare")
-    weights = content if key == "bare" else content[key]
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        keys = ", ".join(map(str, list(content)[:8])) or "none"
-        raise CheckpointError(f"{path}: expected weights in params_ema, params or at the top, got keys {keys}")
-    weights = {str(name).removeprefix("module."): value for name, value in weights.items()}
-    return Checkpoint(path, weights, key, find_config(path, content, weights))
+    with _open(path) as archive:
+        content = archive.content
+        key = next((key for key in WEIGHT_KEYS[prefer] if key in content), "bare")
+        found = content if key == "bare" else content[key]
+        if not isinstance(found, dict) or not all(isinstance(value, StoredTensor) for value in found.values()):
+            keys = ", ".join(map(str, list(content)[:8]))[:200] or "none"
+            raise CheckpointError(f"{path}: expected weights in params_ema, params or at the top, got keys {keys}")
+        stored: dict[str, StoredTensor] = {}
+        for name, tensor in found.items():
+            plain = plain_name(str(name))
+            if plain in stored:
+                raise CheckpointError(f"{path}: expected each weight once, got {plain} again as {name}")
+            if not tensor.dtype.is_floating_point:
+                raise CheckpointError(f"{path}: {name}: expected floating-point values, got {tensor.dtype}")
+            stored[plain] = tensor
+        config = find_config(path, content, stored)
+        check_shapes(path, config, stored)
+        held = sum(storage.nbytes for storage in {tensor.storage for tensor in stored.values()})
+        if held < (wanted := sum(tensor.nbytes for tensor in stored.values())):
+            raise CheckpointError(f"{path}: expected {wanted} bytes of weights, got {held} that many share")
+        weights = dict(zip(stored, archive.read_all(stored.values()), strict=True))
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{path}: {name}: expected finite weights, got NaN or infinity among them")
+    return Checkpoint(path, weights, key, config)
+
+
+def plain_name(name: str) -> str:
+    """Take what torch's wrappers put before and between the parts of a weight's name off it."""
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while parts[:1] == ["module"]:
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def check_shapes(path: Path, config: ShuffleMixerConfig, weights: Mapping[str, Shaped]) -> None:
+    """Raise CheckpointError, naming `path`, unless names and shapes are those of the network that `config` says."""
+    try:
+        with torch.device("meta"):  # allocates nothing
+            network = ShuffleMixer.from_config(config)
+    except (RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: expected a network that can be built, got {config}") from error
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    got = {name: tuple(value.shape) for name, value in weights.items()}
+    misfits = [
+        f"{name[:200]}: expected {expected.get(name, 'no such name')}, got {got.get(name, 'nothing')}"
+        for name in sorted(expected.keys() | got.keys())
+        if expected.get(name) != got.get(name)
+    ]
+    if misfits:
+        more = f"; and {len(misfits) - 5} more" if len(misfits) > 5 else ""
+        raise CheckpointError(f"{path}: not the weights of {config}: {'; '.join(misfits[:5])}{more}")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Archive]:
+    """Open a checkpoint, hold its checksums, and tell in one line what is wrong with it then or later."""
+    try:
+        with opened(path) as archive:
+            archive.check_sums()  # torch writes checksums, and does not look at them
+            if not isinstance(archive.content, dict):
+                kind = "a tensor" if isinstance(archive.content, StoredTensor) else type(archive.content).__name__
+                raise CheckpointError(f"{path}: expected a mapping of weights, got {kind}")
+            yield archive
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; expected a checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected a checkpoint that can be read, got {error.strerror}") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: expected a checkpoint that fits the memory, got {_size(path)}") from error
+    except (ValueError, zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error) as error:
+        raise CheckpointError(
+            f"{path}: expected tensors written by torch.save, got a damaged file or other content: {str(error)[:200]}"
+        ) from error
+
+
+def _size(path: Path) -> str:
+    return f"{path.stat().st_size} bytes" if path.exists() else "more"
+
+
+def _find_tensors(value: Any, found: dict[int, StoredTensor]) -> None:
+    """Collect the tensors within containers, which `read_pickle` has found to be of bounded depth and number."""
+    if isinstance(value, StoredTensor):
+        found[id(value)] = value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _find_tensors(inner, found)
+
+
+def _with_tensors(value: Any, read: Mapping[int, Tensor]) -> Any:
+    """Copy containers, with what was read in place of the descriptions."""
+    if isinstance(value, StoredTensor):
+        return read[id(value)]
+    if isinstance(value, dict):
+        return {key: _with_tensors(inner, read) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_tensors(inner, read) for inner in value)
+    return value

@@ -17,19 +17,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loader.format import ShardsError
-from loader.safefile import write_atomically
+from loader.format import ShardsError, one_line
+from loader.safefile import read_named, write_atomically
+from prep.console import GivenPath, UnixCommand
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LOG = "metrics.jsonl"
+MAX_LOG = 1 << 26  # bytes; a line has some 300
+MAX_LINE = 1 << 16
+LARGEST = 1 << 53  # of an iteration: exact as a double
 KINDS = (".png", ".pdf", ".svg")
 Points = Mapping[int, float]
 
 
 class CurvesError(ShardsError):
-    """A log that cannot be drawn: the message says which, where, what was expected and what was got."""
+    """A log that cannot be drawn, in one line: which, where, what was expected and what was got."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 @dataclass(frozen=True)
@@ -50,26 +57,31 @@ def read_curves(log: Path) -> Curves:
     loss: dict[int, float] = {}
     psnr: dict[int, float] = {}
     bicubic = None
-    lines = log.read_bytes().split(b"\n")
-    records = [(number, record) for number, line in enumerate(lines, start=1) if (record := _record(line)) is not None]
-    if not records and any(lines):
-        raise CurvesError(f"{log}: expected lines of JSON objects, got none")
-    for number, record in records:
+    data, found = read_named(log, MAX_LOG), False
+    for number, line in enumerate(io.BytesIO(data), start=1):
+        record = _record(line)
+        if record is None:
+            continue
+        found = True
         bicubic = _number(log, number, record, "bicubic_psnr_y", bicubic)
         for key, points in (("loss", loss), ("psnr_y", psnr)):
             value = _number(log, number, record, key, None)
             if value is not None:
                 iteration = record.get("iteration")
-                if isinstance(iteration, bool) or not isinstance(iteration, int):
-                    raise CurvesError(f"{log}: line {number}: iteration: expected a whole number, got {iteration!r}")
+                if type(iteration) is not int or not -LARGEST <= iteration <= LARGEST:
+                    raise CurvesError(
+                        f"{log}: line {number}: iteration: expected a whole number, got {_shown(iteration)}"
+                    )
                 points[iteration] = value
+    if not found and data.strip():
+        raise CurvesError(f"{log}: expected lines of JSON objects, got none")
     return Curves(dict(sorted(loss.items())), dict(sorted(psnr.items())), bicubic)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = json.loads(line) if len(line) <= MAX_LINE else None
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
@@ -78,9 +90,14 @@ def _number(log: Path, line: int, record: Mapping[str, Any], key: str, default: 
     value = record.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CurvesError(f"{log}: line {line}: {key}: expected a number, got {value!r}")
-    return float(value)
+    if type(value) is float or (type(value) is int and -LARGEST <= value <= LARGEST):
+        return float(value)
+    raise CurvesError(f"{log}: line {line}: {key}: expected a number, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """What JSON held, short; a whole number of thousands of digits has no text."""
+    return f"{value!r:.80}" if value is None or isinstance(value, bool | float | str) else f"a {type(value).__name__}"
 
 
 def write_curves(log: Path, path: Path) -> bool:
@@ -160,27 +177,29 @@ def _labels(runs: tuple[Path, ...]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
-@click.command()
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("curves.png"), show_default=True, help="PNG, PDF or SVG."
-)
+@click.command(cls=UnixCommand)
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=GivenPath())
+@click.option("--out", type=GivenPath(), default=Path("curves.png"), show_default=True, help="PNG, PDF or SVG.")
 def main(runs: tuple[Path, ...], out: Path) -> None:
     """Draw the curves of training runs over each other. RUN: a run's folder, or its metrics.jsonl."""
     if out.suffix.lower() not in KINDS:
-        raise click.UsageError(f"--out {out}: expected a name that ends in one of {', '.join(KINDS)}")
+        raise click.UsageError(one_line(f"--out {out}: expected a name that ends in one of {', '.join(KINDS)}"))
     if not can_draw():
         raise click.ClickException("curves need matplotlib: pip install 'srshards[plots]'")
     try:
-        curves = [read_curves(run / LOG if run.is_dir() else run) for run in runs]
-        data = draw(dict(zip(_labels(runs), curves, strict=True)), out.suffix.lower().removeprefix("."))
+        logs = [run / LOG if run.is_dir() else run for run in runs]
+        if out.resolve() in {log.resolve() for log in logs}:
+            raise CurvesError(f"{out}: expected another file than those that are read")
+        curves = [read_curves(log) for log in logs]
+        labels = [label.replace("$", r"\$") for label in map(one_line, _labels(runs))]
+        data = draw(dict(zip(labels, curves, strict=True)), out.suffix.lower().removeprefix("."))
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, data)
     except ShardsError as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
-        raise click.ClickException(f"{error.filename}: {error.strerror}") from error
-    click.echo(f"{out}: {', '.join(_labels(runs))}")
+        raise click.ClickException(one_line(f"{error.filename}: {error.strerror}")) from error
+    click.echo(one_line(f"{out}: {', '.join(_labels(runs))}"))
 
 
 if __name__ == "__main__":

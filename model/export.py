@@ -19,10 +19,11 @@ import click
 import numpy as np
 import torch
 
+from loader.format import ShardsError, one_line
 from loader.safefile import write_atomically
-from model.checkpoints import CheckpointError
-from model.options import Weights, describe, open_network, weights_option
+from model.options import Weights, check_output, describe, open_network, weights_option
 from model.shufflemixer import ShuffleMixer
+from prep.console import GivenPath, UnixCommand
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -33,8 +34,11 @@ CHECKED = ((1, 3, 17, 31), (2, 3, 40, 24))  # shapes of the inputs on which both
 TOLERANCE = 1e-4  # of values in [0, 1]; both compute in float32, in another order
 
 
-class ExportError(Exception):
-    """An export that cannot be made, or gives other values than the network."""
+class ExportError(ShardsError):
+    """An export that cannot be made, or gives other values than the network, in one line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 def export_onnx(network: ShuffleMixer, notes: Mapping[str, str]) -> bytes:
@@ -73,7 +77,8 @@ def export_onnx(network: ShuffleMixer, notes: Mapping[str, str]) -> bytes:
 def largest_difference(network: ShuffleMixer, onnx: bytes) -> float:
     """Run both on random images of several sizes; give the largest absolute difference. Needs onnxruntime.
 
-    Raises ExportError where onnxruntime refuses the file or gives another shape.
+    Raises ExportError where onnxruntime refuses the file or gives another shape, and where either gives NaN or
+    infinity: no difference says anything then.
     """
     import onnxruntime
 
@@ -90,6 +95,9 @@ def largest_difference(network: ShuffleMixer, onnx: bytes) -> float:
         (got,) = session.run(["hr"], {"lr": lr.numpy()})
         if got.shape != expected.shape:
             raise ExportError(f"expected {expected.shape} of onnxruntime for {shape}, got {got.shape}")
+        for what, values in (("torch", expected), ("onnxruntime", got)):
+            if not np.isfinite(values).all():
+                raise ExportError(f"expected a network that gives finite values, got NaN or infinity of {what}")
         largest = max(largest, float(np.abs(got - expected).max()))
     return largest
 
@@ -116,13 +124,14 @@ def _forget_sources(model: ModelProto) -> None:
         part.ClearField("doc_string")
 
 
-@click.command()
-@click.option("--onnx", "path", type=click.Path(path_type=Path, dir_okay=False), required=True, help="File to write.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Weights of the network.")
+@click.command(cls=UnixCommand)
+@click.option("--onnx", "path", type=GivenPath(), required=True, help="File to write.")
+@click.option("--checkpoint", type=GivenPath(), required=True, help="Weights of the network.")
 @weights_option
 def main(path: Path, checkpoint: Path, weights: Weights) -> None:
     """Export a network to ONNX; batch, height and width stay free."""
     try:
+        check_output(path, [checkpoint])
         loaded, network = open_network(checkpoint, weights)
         notes = {"scale": str(loaded.config.scale), "weights": loaded.weights_key, "network": str(loaded.config)}
         click.echo(describe(loaded, network))
@@ -136,13 +145,12 @@ def main(path: Path, checkpoint: Path, weights: Weights) -> None:
                     f"expected at most {TOLERANCE} between onnxruntime and torch, got {difference:.2e}; nothing written"
                 )
             checked = f"largest difference between onnxruntime and torch {difference:.2e}"
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, onnx)
-    except (CheckpointError, ExportError) as error:
+    except ShardsError as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
-        raise click.ClickException(f"{error.filename}: {error.strerror}") from error
-    click.echo(f"{path}: ONNX opset {OPSET}, {len(onnx)} bytes, {checked}")
+        raise click.ClickException(one_line(f"{error.filename}: {error.strerror}")) from error
+    click.echo(f"{one_line(str(path))}: ONNX opset {OPSET}, {len(onnx)} bytes, {checked}")
 
 
 if __name__ == "__main__":

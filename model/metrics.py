@@ -40,7 +40,7 @@ def luma(image: Image) -> Plane:
 
 
 def psnr(first: NDArray[np.generic], second: NDArray[np.generic]) -> float:
-    """Peak signal-to-noise ratio in dB, 10 log10(255² / MSE), over all values; inf for equal images."""
+    """Peak signal-to-noise ratio in dB, 10 log10(255² / MSE), over all values; inf for equal images, NaN for NaN."""
     _check_same_shape(first, second)
     error = np.mean(np.square(first.astype(np.float64) - second.astype(np.float64)))
     return float("inf") if error == 0 else float(10 * np.log10(PEAK**2 / error))
@@ -80,12 +80,19 @@ def score(sr: Image, hr: Image, border: int) -> Scores:
         raise ValueError(f"border must be at least 0, got {border}")
     height, width = sr.shape[:2]
     inside = np.s_[border : height - border, border : width - border]
-    if min(height, width) - 2 * border < WINDOW:
-        raise ValueError(f"SSIM needs {WINDOW} x {WINDOW} pixels inside a border of {border}, got {height} x {width}")
+    if (lack := too_small(height, width, border)) is not None:
+        raise ValueError(lack)
     sr, hr = sr[inside], hr[inside]
     channels = [ssim(sr[..., c].astype(np.float64), hr[..., c].astype(np.float64)) for c in range(3)]
     sr_y, hr_y = luma(sr), luma(hr)
     return Scores(psnr(sr, hr), sum(channels) / 3, psnr(sr_y, hr_y), ssim(sr_y, hr_y))
+
+
+def too_small(height: int, width: int, border: int) -> str | None:
+    """Say why an image of that size cannot be scored inside a border; None if it can be."""
+    if min(height, width) - 2 * border >= WINDOW:
+        return None
+    return f"SSIM needs {WINDOW} x {WINDOW} pixels inside a border of {border}, got {height} x {width}"
 
 
 def mean_scores(scores: Iterable[Scores]) -> Scores:

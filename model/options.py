@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import click
 import torch
 
+from loader.format import ShardsError, one_line
+from loader.safefile import open_exclusive
 from model.checkpoints import Checkpoint, CheckpointError, load_checkpoint
 from model.shufflemixer import ShuffleMixer
 from model.tiled import Tiling, receptive_radius
@@ -56,10 +61,38 @@ def open_network(path: Path, prefer: Weights, scale: int | None = None) -> tuple
 def describe(checkpoint: Checkpoint, network: ShuffleMixer) -> str:
     """Say in a line which weights these are, and of what network."""
     config = checkpoint.config
-    return (
+    return one_line(
         f"checkpoint {checkpoint.path}: weights {checkpoint.weights_key}, {network.parameter_count()} parameters, "
         f"{config.features} features, kernel {config.kernel_size}, {config.blocks} blocks"
     )
+
+
+def check_output(path: Path, inputs: Iterable[Path]) -> None:
+    """Hold, before the work begins, that a result can be written to `path`; make the folder that it is to lie in.
+
+    Raises:
+        ShardsError: it is one of the inputs or lies within one that is a folder, or something other than a file is
+            there.
+        OSError: its folder cannot be made or written to.
+    """
+    place = path.resolve()
+    for source in inputs:
+        if place == source.resolve() or (source.is_dir() and place.is_relative_to(source.resolve())):
+            raise ShardsError(one_line(f"{path}: expected a place outside {source}, which is read from, got one in it"))
+    if path.exists() and not path.is_file():
+        raise ShardsError(one_line(f"{path}: expected a file or nothing there, got a folder or a device"))
+    check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder, if need be, and try whether files can be written there; OSError if not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trial = folder / f".{secrets.token_hex(8)}.part"
+    try:
+        os.close(open_exclusive(trial))
+        trial.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def choose_tiling(network: ShuffleMixer, tile: int, overlap: int | None) -> Tiling:

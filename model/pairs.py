@@ -6,17 +6,19 @@ bottom and right, as everyone does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from loader import ImageDataset
-from loader.format import ShardsError
-from model.metrics import Image
-from prep.images import check_sizes, find_images, pair_lr, read_image
+from loader.format import ShardsError, one_line
+from model.metrics import Image, too_small
+from prep.images import ImageFile, check_sizes, find_images, pair_lr, read_image
 from prep.imresize import imresize
+
+LeaveOut = Callable[[str, str], None]  # an image's name, and why it is left out
 
 
 @dataclass(frozen=True)
@@ -28,26 +30,51 @@ class Pair:
     hr: Image
 
 
-def read_pairs(hr: Path, lr: Path | None, scale: int) -> Iterator[Pair]:
+def read_pairs(hr: Path, lr: Path | None, scale: int, leave_out: LeaveOut | None = None) -> Iterator[Pair]:
     """Read the images of folder `hr`, with LR from folder `lr` or made from HR by `imresize`.
 
-    LR images are found by stem, and may be HR's size rounded up, as for `prep build-shards --lr`. Raises
-    ShardsError for a folder without images, an image that cannot be read, and, listing them all before any image
-    is given, LR images that are missing or have a wrong size.
+    LR images are found by stem, with or without `x4` behind it, and may be HR's size rounded up, as for `prep
+    build-shards --lr`. Raises ShardsError for a folder without images, an image that cannot be read, and, listing
+    them all before any image is given, LR images that are missing or have a wrong size; also for an image smaller than
+    one LR pixel, unless `leave_out` takes it.
     """
     images = find_images([hr])
     given = None
     if lr is not None:
-        given = pair_lr(images, lr, scale)
+        given = find_lr(images, lr, scale)
         check_sizes(images, given, scale)
     for number, image in enumerate(images):
         pixels = read_image(image.path)
         height, width = (size // scale for size in pixels.shape[:2])
         if min(height, width) == 0:
-            raise ShardsError(f"{image.path}: expected at least {scale} x {scale} pixels, got {pixels.shape[:2]}")
+            lack = f"expected at least {scale} x {scale} pixels, got {pixels.shape[0]} x {pixels.shape[1]}"
+            if leave_out is None:
+                raise ShardsError(one_line(f"{image.path}: {lack}"))
+            leave_out(image.stem, lack)
+            continue
         pixels = pixels[: height * scale, : width * scale]
         small = imresize(pixels, scale) if given is None else read_image(given[number].path)
         yield Pair(image.stem, small[:height, :width], pixels)
+
+
+def find_lr(images: Sequence[ImageFile], folder: Path, scale: int) -> list[ImageFile]:
+    """Find the LR file of each image: as `prep.images.pair_lr` does, or by equal names where it finds none of them."""
+    inner = folder / f"X{scale}"
+    files = {file.stem: file for file in find_images([inner if inner.is_dir() else folder])}
+    equal = all(image.stem in files for image in images) and len(files) == len(images)
+    if equal and not all(f"{image.stem}x{scale}" in files for image in images):
+        return [files[image.stem] for image in images]
+    return pair_lr(images, folder, scale)
+
+
+def large_enough(pairs: Iterable[Pair], border: int, leave_out: LeaveOut) -> Iterator[Pair]:
+    """Give the pairs that can be scored inside a border; `leave_out` is told of the others."""
+    for pair in pairs:
+        height, width = pair.hr.shape[:2]
+        if (lack := too_small(height, width, border)) is None:
+            yield pair
+        else:
+            leave_out(pair.name, lack)
 
 
 def shard_pairs(images: ImageDataset, numbers: Iterable[int] | None = None) -> Iterator[Pair]:

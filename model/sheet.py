@@ -113,8 +113,10 @@ def score_whole(image: Image, hr: Image, border: int) -> Scores:
 def write_sheet(rows: Sequence[Row], path: Path) -> None:
     """Draw the rows below each other and write them as a PNG file, by a temporary file and a rename.
 
-    Raises ValueError for no rows, OSError where the file cannot be written.
+    Raises ValueError for no rows or another suffix than .png, OSError where the file cannot be written.
     """
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"expected a name that ends in .png, got {path.name!r}")
     encoded, data = cv2.imencode(".png", np.ascontiguousarray(draw_sheet(rows)[..., ::-1]))
     if not encoded:
         raise OSError(f"{path}: expected to encode a PNG, got nothing")

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +146,8 @@ def by_tiles(
         part = finish(sr[..., rows, columns])
         if whole is None:
             size = (*part.shape[:-2], height * scale, width * scale)
-            whole = torch.empty(size, dtype=part.dtype, device=part.device)
+            # As the parts are, and pictures: their channels side by side.
+            whole = torch.empty(size, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
         whole[..., y.start * scale : y.stop * scale, x.start * scale : x.stop * scale] = part
     if whole is None:
         raise ValueError(f"expected at least one pixel, got {height} x {width}")

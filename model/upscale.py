@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +17,8 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from loader.format import ShardsError
+from loader.format import ShardsError, one_line
 from loader.safefile import write_atomically
-from model.checkpoints import CheckpointError
 from model.options import (
     Weights,
     choose_tiling,
@@ -33,13 +31,16 @@ from model.options import (
     weights_option,
 )
 from model.pictures import KINDS, Picture, Pixels, check_kind, encode_picture, read_picture
-from model.tiled import Tiling, spans
-from model.upscalers import Upscaler, network_upscaler
+from model.tiled import Span, Tiling, spans
+from model.upscalers import OutputError, Upscaler, keep_freed_memory, network_upscaler
+from prep.console import GivenPath, UnixCommand, tell
 from prep.images import SUFFIXES
 from prep.imresize import enlarge
 
 STRIP = 1 << 18  # LR pixels of alpha enlarged at once
 BICUBIC_RADIUS = 3  # LR pixels that matter to an enlarged one, at most
+OTHER_KINDS = (".gif", ".jp2", ".jxl", ".avif", ".heic", ".ppm", ".tga", ".exr", ".pdf")  # not written here
+INTERVAL = 10.0  # seconds between lines about a picture, where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,12 @@ def read_tile(ctx: click.Context, param: click.Parameter, value: str) -> int | N
     return int(value)
 
 
-@click.command()
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Weights of the network.")
+@click.command(cls=UnixCommand)
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=GivenPath())
+@click.option("--checkpoint", type=GivenPath(), required=True, help="Weights of the network.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="Folder for NAME_x4.png, or a file for a single image.  [default: beside each image]",
 )
 @click.option("--scale", type=int, help="Fail if the network's is another.")
@@ -95,19 +96,24 @@ def main(
     """
     if overlap is not None and tile is None:
         raise click.UsageError("--overlap needs --tile with a number of pixels")
-    single = out is not None and out.suffix.lower() in KINDS and not out.is_dir()
-    if single and (len(images) > 1 or images[0].is_dir()):
-        raise click.UsageError(f"--out {out}: expected a folder for more than one image, got a file")
+    single = out is not None and names_file(out)
+    if out is not None and single:
+        if out.suffix.lower() not in KINDS:
+            raise click.UsageError(
+                one_line(f"--out {out}: expected a folder, or a name that ends in one of {', '.join(KINDS)}")
+            )
+        if len(images) > 1 or images[0].is_dir():
+            raise click.UsageError(one_line(f"--out {out}: expected a folder for more than one image, got a file"))
+    keep_freed_memory()
     try:
         loaded, network = open_network(checkpoint, weights, scale)
-    except CheckpointError as error:
+    except ShardsError as error:
         raise click.ClickException(str(error)) from error
     place = pick_device(device)
     tiling: Tiling | Literal["auto"] = "auto" if tile is None else choose_tiling(network, tile, overlap)
     click.echo(f"{describe(loaded, network)}, on {place}")
     factor = loaded.config.scale
-    bar = partial(tqdm, unit="tile", leave=False, disable=None)  # on a terminal only
-    upscale = network_upscaler(network.to(place), place, tiling=tiling, self_ensemble=self_ensemble, watch=bar)
+    upscale = network_upscaler(network.to(place), place, tiling=tiling, self_ensemble=self_ensemble, watch=progress)
     failed = 0
     taken: set[Path] = set()
     sources: list[Path] = []
@@ -116,19 +122,39 @@ def main(
             sources += find_pictures(image, factor)
         except ShardsError as error:
             failed += 1
-            click.echo(f"Error: {error}", err=True)
-    originals = {source.resolve() for source in sources}
+            tell(one_line(f"Error: {error}"))
+    originals = {source.resolve() for source in [*sources, checkpoint]}
     for source in sources:
         target = out if out is not None and single else (out or source.parent) / f"{source.stem}_x{factor}.png"
         try:
             check_target(Job(source, target), originals, taken, overwrite)
-            taken.add(target.resolve())
-            click.echo(enlarge_picture(Job(source, target), upscale, factor))
+            line = enlarge_picture(Job(source, target), upscale, factor)
+            taken.add(target.resolve())  # not before: what failed stands in nobody's way
+            click.echo(line)
         except ShardsError as error:
             failed += 1
-            click.echo(f"Error: {error}", err=True)
+            tell(one_line(f"Error: {error}"))
     if failed:
         sys.exit(1)
+
+
+def names_file(out: Path) -> bool:
+    """Whether `--out` is a file for one picture: there is one, or it ends as files of pictures do."""
+    if out.is_dir():
+        return False
+    return out.exists() or out.suffix.lower() in {*KINDS, *OTHER_KINDS}
+
+
+def progress(tiles: Sequence[tuple[Span, Span]]) -> Iterator[tuple[Span, Span]]:
+    """Give tiles one after another, with a bar on a terminal, or else a line now and then."""
+    started = told = time.monotonic()
+    for done, tile in enumerate(tqdm(tiles, unit="tile", leave=False, disable=None)):
+        now = time.monotonic()
+        if done and now - told >= INTERVAL and not sys.stderr.isatty():
+            left = (now - started) / done * (len(tiles) - done)
+            tell(f"{done} of {len(tiles)} tiles, {left:.0f} s left")
+            told = now
+        yield tile
 
 
 def find_pictures(source: Path, scale: int) -> Iterator[Path]:
@@ -157,7 +183,7 @@ def check_target(job: Job, originals: set[Path], taken: set[Path], overwrite: bo
     """Hold that a result replaces neither a source, nor another result of this run, nor, unasked, any file."""
     place = job.target.resolve()
     if place in originals:
-        raise ShardsError(f"{job.source}: {job.target} is one of the images to enlarge; choose another --out")
+        raise ShardsError(f"{job.source}: {job.target} is one of the files that are read; choose another --out")
     if place in taken:
         raise ShardsError(f"{job.source}: {job.target} is already the result of another image of this run; rename one")
     if job.target.is_dir():
@@ -179,6 +205,8 @@ def enlarge_picture(job: Job, upscale: Upscaler, scale: int) -> str:
         if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch says it in words only on the CPU
             raise
         raise ShardsError(f"{job.source}: out of memory; try --tile with a small number, 128 or less") from error
+    except OutputError as error:
+        raise ShardsError(f"{job.source}: {error}") from error
     try:
         job.target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(job.target, data)
@@ -186,7 +214,7 @@ def enlarge_picture(job: Job, upscale: Upscaler, scale: int) -> str:
         raise ShardsError(f"{job.source}: {job.target}: expected to write there, got {error.strerror}") from error
     (height, width), (tall, wide) = picture.rgb.shape[:2], rgb.shape[:2]
     seconds = time.perf_counter() - started
-    return f"{job.source} -> {job.target}  {width} x {height} -> {wide} x {tall}, {seconds:.1f} s"
+    return one_line(f"{job.source} -> {job.target}  {width} x {height} -> {wide} x {tall}, {seconds:.1f} s")
 
 
 def enlarge_strips(plane: Pixels, scale: int) -> Pixels:

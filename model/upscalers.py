@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from loader.format import ShardsError
 from model.metrics import Image
 from model.shufflemixer import ShuffleMixer
 from model.tiled import Forward, Tiling, Watch, automatic_tiling, by_tiles
@@ -16,6 +18,27 @@ from model.tiled import self_ensemble as ensemble
 from prep.imresize import enlarge
 
 Upscaler = Callable[[Image], Image]
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+KEPT = (1 << 31) - 1  # bytes
+
+
+class OutputError(ShardsError):
+    """A network whose result is no image."""
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep what it frees: features of many megabytes come and go with every layer.
+
+    By default glibc returns each to the system and asks for it again, which clears it page by page: on the CPU that
+    takes as long as half of the network's own work. For commands; a library leaves its process as it is.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return
+    mallopt(M_MMAP_THRESHOLD, KEPT)
+    mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def bicubic_upscaler(scale: int) -> Upscaler:
@@ -39,6 +62,8 @@ def network_upscaler(
         tiling: None enlarges the image as a whole; "auto", for a ShuffleMixer, tile by tile where it is too large.
         self_ensemble: average over the 8 flips and quarter turns, before rounding; takes 8 times as long.
         watch: is handed the tiles of an image and gives them back, one after another.
+
+    The upscaler raises OutputError where the network gives NaN or infinity, which no byte stands for.
     """
     if tiling == "auto" and not isinstance(network, ShuffleMixer):
         raise ValueError(f"automatic tiles need a ShuffleMixer, got {type(network).__name__}")
@@ -68,4 +93,7 @@ def network_upscaler(
 
 
 def _to_bytes(sr: Tensor) -> Tensor:
+    low, high = sr.aminmax()  # NaN if there is one
+    if not (low.isfinite() and high.isfinite()):
+        raise OutputError("expected a network that gives finite values, got NaN or infinity")
     return sr.float().clamp(0, 1).mul(255).round().byte().cpu()

@@ -264,6 +264,9 @@ def test_usage_errors(hr: Path, weights: Path) -> None:
         (["--lr", hr, "--shards", hr, "--scale", 2, "--bicubic"], "--lr goes with --hr"),
         (["--hr", hr, "--scale", 2, "--bicubic", "--tile", 8], "--tile and --sheet need --checkpoint"),
         (["--hr", hr, "--scale", 2, "--bicubic", "--sheet", "x.png"], "--tile and --sheet need --checkpoint"),
+        (["--hr", hr, "--scale", 2, "--checkpoint", weights, "--sheet", "x.jpg"], "expected a name that ends in .png"),
+        (["--hr", "", "--scale", 2, "--bicubic"], "expected a path, got an empty argument"),
+        (["--hr", hr, "--scale", 2, "--checkpoint", ""], "expected a path, got an empty argument"),
         (["--hr", hr, "--scale", 2, "--checkpoint", "x", "--overlap", 8], "--overlap needs --tile"),
         (["--hr", hr, "--scale", 2, "--checkpoint", "x", "--tile", 0], "--tile"),
         (["--hr", hr, "--scale", 2, "--checkpoint", weights, "--device", "abacus"], "cannot use 'abacus'"),
@@ -275,6 +278,7 @@ def test_usage_errors(hr: Path, weights: Path) -> None:
 
 def test_bad_input_is_one_clear_line(hr: Path, weights: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.png").mkdir()
     (tmp_path / "text.pt").write_text("nothing")
     torch.save(ShuffleMixer(8, 3, 1, 2, scale=4).state_dict(), tmp_path / "x4.pt")
     for arguments, message in (
@@ -288,7 +292,9 @@ def test_bad_input_is_one_clear_line(hr: Path, weights: Path, tmp_path: Path) ->
         (["--hr", hr, "--bicubic", "--save", hr / "inner"], f"expected a folder for results outside {hr}"),
         (["--hr", hr, "--bicubic", "--save", tmp_path / "text.pt"], "text.pt: File exists"),
         (["--hr", hr, "--checkpoint", weights, "--sheet", tmp_path / "text.pt" / "x.png"], "text.pt: File exists"),
-        (["--hr", hr, "--checkpoint", weights, "--sheet", tmp_path / "empty"], "empty: Is a directory"),
+        (["--hr", hr, "--checkpoint", weights, "--sheet", tmp_path / "empty.png"], "empty.png: expected a file"),
+        (["--hr", hr, "--checkpoint", weights, "--sheet", hr / "sheet.png"], f"expected a place outside {hr}"),
+        (["--hr", hr, "--checkpoint", weights, "--sheet", tmp_path / "weights.pt/x.png"], "weights.pt: File exists"),
     ):
         result = run(*arguments, "--scale", 2)
         assert result.exit_code == 1

@@ -139,10 +139,10 @@ def test_names_without_unicode_are_spelt_in_ascii(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.png").mkdir()
     with pytest.raises(IsADirectoryError, match="folder"):
-        write_sheet([row(48, 48)[0]], tmp_path / "folder")
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+        write_sheet([row(48, 48)[0]], tmp_path / "folder.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

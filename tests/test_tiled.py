@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import tiled
 from model.shufflemixer import ShuffleMixer, ShuffleMixerConfig
@@ -90,6 +91,31 @@ def test_tiles_equal_the_whole_without_parts_of_the_network(switch: str) -> None
     lr = image(50, 41)
     with torch.inference_mode():
         tiles = by_tiles(net, lr, Tiling(16, radius_of(net)))
+        torch.testing.assert_close(tiles, net(lr), rtol=0, atol=1e-5)
+
+
+def edit(net: ShuffleMixer, name: str) -> None:
+    """Change a network by hand, as in research."""
+    layer: Any = net.get_submodule("blocks.0.net.0")
+    match name:
+        case "dilated":
+            layer.spatial = nn.Conv2d(8, 8, 3, padding=3, dilation=3, groups=8)
+        case "even":
+            layer.spatial = nn.Conv2d(8, 8, 4, padding="same", groups=8)
+        case "wide":
+            net.tail = nn.Conv2d(8, 3, (1, 7), padding=(0, 3))
+        case _:
+            layer.norm1 = nn.AvgPool2d(5, stride=1, padding=2, count_include_pad=True)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@pytest.mark.parametrize("name", ["dilated", "even", "wide", "pooled"])
+def test_tiles_equal_the_whole_of_edited_networks(name: str) -> None:
+    net = network(3, 1)
+    edit(net, name)
+    lr = image(50, 41)
+    with torch.inference_mode():
+        tiles = by_tiles(net, lr, Tiling(16, receptive_radius(net)))
         torch.testing.assert_close(tiles, net(lr), rtol=0, atol=1e-5)
 
 

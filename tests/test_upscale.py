@@ -178,7 +178,7 @@ def test_sources_and_results_are_never_replaced(folder: Path, weights: Path, tmp
     for out in (folder / "a.png", link / "a.png"):
         result = run(folder / "a.png", "--checkpoint", weights, "--out", out, "--overwrite")
         assert result.exit_code == 1
-        assert "is one of the images to enlarge" in result.stderr
+        assert "is one of the files that are read" in result.stderr
     assert (folder / "a.png").read_bytes() == before
 
     Pillow.fromarray(photograph(10, 10)).save(folder / "a.bmp")
@@ -218,7 +218,11 @@ def test_usage_and_checkpoint_errors(folder: Path, weights: Path, tmp_path: Path
         ([a, "--checkpoint", weights, "--device", "abacus"], 2, "cannot use 'abacus'"),
         ([a, "--checkpoint", weights, "--scale", 4], 1, "expected a network for --scale 4, got one for 2"),
         ([a, "--checkpoint", a], 1, "a.png: expected tensors written by torch.save"),
-        ([a, "--checkpoint", weights, "--out", weights], 1, "weights.pt/a_x2.png: expected to write there"),
+        ([a, "--checkpoint", weights, "--out", weights], 2, "weights.pt: expected a folder, or a name that ends"),
+        ([a, "--checkpoint", weights, "--out", weights / "b"], 1, "weights.pt/b/a_x2.png: expected to write there"),
+        ([a, "--checkpoint", weights, "--out", tmp_path / "b.gif"], 2, "b.gif: expected a folder, or a name that ends"),
+        ([a, "--checkpoint", weights, "--out", ""], 2, "expected a path, got an empty argument"),
+        (["", "--checkpoint", weights], 2, "expected a path, got an empty argument"),
     ):
         result = run(*arguments)
         assert result.exit_code == code, result.output

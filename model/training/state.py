@@ -14,6 +14,7 @@ from model.shufflemixer import ShuffleMixer
 from model.training.ranks import Ranks
 from model.training.settings import AUTO, Config
 from model.training.sources import portable
+from model.training.vetting import check_content
 
 ADAM_BETAS = (0.9, 0.99)
 # What the largest micro-batch that fits depends on, besides the GPU and the network.
@@ -81,6 +82,7 @@ def from_checkpoint(content: Mapping[str, Any], state: State, config: Config, ra
     The learning rate is that of `config`, and so is all else that the optimiser is set to. Raises CheckpointError if
     the checkpoint is of another network or lacks something.
     """
+    content = check_content(content, to_checkpoint(state, {}, config, ranks), list(state.network.parameters()))
     try:
         expected = asdict(config.network)
         if content["network"] != expected:
