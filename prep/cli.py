@@ -14,13 +14,14 @@ import click
 
 from loader.format import BORDERS, CONTAINERS, RESIZES, SCALES, ShardsError
 from prep import __version__
+from prep.console import UnixGroup
 from prep.verify_cli import verify
 
 DEFAULT_SOURCE = Path("datasets/DIV2K/DIV2K_train_HR")
 WITH_SKIPS = 3  # exit code of a build that left images out
 
 
-class Cli(click.Group):
+class Cli(UnixGroup):
     """A group whose commands report the project's own errors as click reports its own: one message, exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -1,15 +1,29 @@
-"""Commands as other Unix tools behave: closed and broken streams, full devices, errors in one line."""
+"""Commands that behave as other Unix tools do: closed and broken streams, full devices, errors in one line.
 
-import contextlib
+While a command runs, writes to standard output raise `OutputError`, which nothing mistakes for trouble with a file, and
+writes to standard error never fail. Streams that somebody else put in place (pytest, a notebook) are left alone.
+"""
+
 import errno
+import io
 import os
 import signal
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 import click
 
 STANDARD_STREAMS = (0, 1, 2)
+
+
+class OutputError(Exception):
+    """Standard output takes no more: its reader is gone, or its device is full. No OSError, so no handler eats it."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"standard output: {error.strerror}")
+        self.errno = error.errno
 
 
 def open_standard_streams() -> None:
@@ -21,57 +35,109 @@ def open_standard_streams() -> None:
             # The lowest free number is taken: those below `number` are open by now.
             os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
             os.set_inheritable(number, True)
-    for name, number in (("stdout", 1), ("stderr", 2)):
+    for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
+            # Not by its number: what an import opened may have got that in the meantime.
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
 
 
 def tell(text: str) -> None:
     """Print a line on standard error; a reader who is gone, or a full device, is no reason to stop."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         click.echo(text, err=True)
 
 
 class UnixCommand(click.Command):
-    """A command that ends quietly with SIGPIPE when its reader is gone, and with one line on a full device."""
+    """A command that dies of SIGPIPE when its reader is gone, and ends with one line when its device is full."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command; see click.Command.main."""
         open_standard_streams()
-        try:
-            return super().main(*args, **kwargs)
-        finally:
-            _flush_standard_output()
+        with _unix_streams():
+            try:
+                try:
+                    result = super().main(*args, **kwargs)
+                except SystemExit:
+                    sys.stdout.flush()
+                    raise
+                sys.stdout.flush()
+                return result
+            except OutputError as error:
+                if error.errno == errno.EPIPE:
+                    _die_of_sigpipe()
+                tell(f"Error: {error}")
+                raise SystemExit(1) from None
+            except MemoryError as error:
+                tell(f"Error: expected enough memory, got none left{f' ({error})' * bool(str(error))}")
+                raise SystemExit(1) from None
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the callback; errors of standard output are told from errors of files, which have names."""
+
+class UnixGroup(UnixCommand, click.Group):
+    """A group of commands that behaves as `UnixCommand`, for all of them."""
+
+
+class _Output(io.FileIO):
+    """Standard output: the first error is raised as OutputError, and what comes later is dropped."""
+
+    _broken = False
+
+    def write(self, data: Any) -> int | None:  # type: ignore[override]
+        if self._broken or not data:  # click tries a stream with no bytes at all, which /dev/full refuses too
+            return memoryview(data).nbytes
         try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-            return result
+            return super().write(data)
         except OSError as error:
-            if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC):
-                raise
-            _end_output()
-            if error.errno == errno.EPIPE:
-                _die_of_sigpipe()
-            raise click.ClickException(f"standard output: {error.strerror}") from None
+            self._broken = True
+            raise OutputError(error) from None
 
 
-def _end_output() -> None:
-    """Let nothing be written to standard output any more, at exit either."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.close(null)
+class _Errors(io.FileIO):
+    """Standard error: what cannot be written is dropped."""
+
+    def write(self, data: Any) -> int | None:  # type: ignore[override]
+        with suppress(OSError):
+            return super().write(data)
+        return memoryview(data).nbytes
+
+
+@contextmanager
+def _unix_streams() -> Iterator[None]:
+    """The process's own streams, written to as this module says; afterwards they are as they were."""
+    before = sys.stdout, sys.stderr
+    sys.stdout = _rewired(before[0], 1, _Output)
+    sys.stderr = _rewired(before[1], 2, _Errors)
+    try:
+        yield
+    finally:
+        with suppress(OutputError):
+            sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _rewired(stream: TextIO, number: int, kind: type[io.FileIO]) -> TextIO:
+    try:
+        if not isinstance(stream, io.TextIOWrapper) or stream.fileno() != number:
+            return stream
+    except (OSError, ValueError):  # there is no descriptor behind it
+        return stream
+    with suppress(OSError):
+        stream.flush()
+    raw = kind(number, "w", closefd=False)
+    buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)
+    return io.TextIOWrapper(
+        buffer,
+        encoding=stream.encoding,
+        errors="backslashreplace",  # a name that the locale cannot print is no reason to stop
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def _die_of_sigpipe() -> None:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    """End as the kernel ends a program that writes to a pipe without readers: silently."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPIPE})
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGPIPE)
-
-
-def _flush_standard_output() -> None:
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        _end_output()
+    raise SystemExit(128 + signal.SIGPIPE)
