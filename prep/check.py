@@ -23,12 +23,16 @@ HOLE = 1 << 30  # bytes of a file that may be missing from the disk in one place
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong in a shard, in a line; `image` and `scale` where it is one plane of one image."""
+    """What is wrong in a shard, in a line; `image` and `scale` where it is one plane of one image.
+
+    With `compared` False nothing is known to be wrong: a source could not be read.
+    """
 
     shard: int
     text: str
     image: int | None = None
     scale: int | None = None
+    compared: bool = True
 
 
 @dataclass(frozen=True)

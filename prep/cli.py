@@ -14,7 +14,7 @@ import click
 
 from loader.format import BORDERS, CONTAINERS, RESIZES, SCALES, ShardsError
 from prep import __version__
-from prep.console import UnixGroup
+from prep.console import GivenPath, UnixGroup
 from prep.verify_cli import verify
 
 DEFAULT_SOURCE = Path("datasets/DIV2K/DIV2K_train_HR")
@@ -153,8 +153,8 @@ def info(folder: Path | None, as_json: bool, system: bool) -> None:
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--scale", type=int, help="[default: the largest in the dataset]")
+@click.argument("folder", metavar="DIR", type=GivenPath())
+@click.option("--scale", type=click.IntRange(min=1), help="[default: the largest in the dataset]")
 @click.option("--lr-patch", type=click.IntRange(min=1), default=64, help="In LR pixels.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64)
 @click.option("--step-ms", type=click.FloatRange(min=0, min_open=True), default=100.0, help="How long a step takes.")
@@ -173,9 +173,10 @@ def bench(
 ) -> None:
     """Will the storage of the dataset at DIR keep up with training?"""
     from loader.index import read_index
-    from prep.bench import Need, advice, measure, report_lines
+    from prep.advice import Need, advice, report_lines
+    from prep.bench import measure
 
-    need = Need(scale or max(read_index(folder).scales), lr_patch, batch_size, step_ms, threads)
+    need = Need(scale if scale is not None else max(read_index(folder).scales), lr_patch, batch_size, step_ms, threads)
     report = measure(folder, need, seconds)
     if as_json:
         click.echo(json.dumps(vars(report) | {"advice": advice(report, folder)}, indent=1))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from prep.bench import Need, Report, advice, report_lines
+from prep.advice import Need, Report, advice, report_lines
 from prep.cli import main
 
 LOCAL = Report("ext4", False, 8 * 10**9, 4 * 10**9, 0.1, 500.0, 1.0, {"mmap": 3e3, "pread": 2e3},
@@ -22,7 +22,7 @@ LOCAL = Report("ext4", False, 8 * 10**9, 4 * 10**9, 0.1, 500.0, 1.0, {"mmap": 3e
         ({"cold": {"mmap": 700.0, "pread": 2e3}}, 'Use io="pread"'),
         ({"cold": {"mmap": 2e3, "pread": 700.0}, "network": True}, 'Use io="mmap"'),
         ({"cold": {"mmap": 50.0, "pread": 100.0}}, 'too slow for this training, and memory too small'),
-        ({"cold": {"mmap": 50.0, "pread": 100.0}}, 'cp -r some/where "$TMPDIR"/    # about 0.3 minutes'),
+        ({"cold": {"mmap": 50.0, "pread": 100.0}}, 'cp -r -- some/where "${TMPDIR:?}"/    # about 0.3 minutes'),
         ({"cold": {"mmap": 50.0, "pread": 100.0}, "free_memory": 20 * 10**9}, "The first epoch will wait"),
         ({"warm": {"mmap": 600.0, "pread": 500.0}}, "Even from memory"),
     ],
