@@ -40,7 +40,8 @@ def check_hdf5(descriptor: int, path: Path, index: Index, number: int) -> Iterat
         access.set_fclose_degree(h5f.CLOSE_STRONG)
         access.set_file_locking(False, True)
         # The file that is open, whatever its name leads to by now.
-        file = h5f.open(b"/proc/self/fd/%d" % descriptor, h5f.ACC_RDONLY, access)
+        name = Path(f"/proc/self/fd/{descriptor}")
+        file = h5f.open(os.fsencode(name if name.exists() else path), h5f.ACC_RDONLY, access)
     except (OSError, RuntimeError, ValueError) as error:
         yield Finding(number, f"{path}: expected an HDF5 file, got one that cannot be opened ({_reason(error)})")
         return
