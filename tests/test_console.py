@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from conftest import build
 
 from prep.console import UnixGroup, tell
 
@@ -164,8 +165,9 @@ def test_streams_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert (sys.stdout, sys.stderr) == before
 
 
-def test_prep_itself(dataset: Path, tmp_path: Path) -> None:
+def test_prep_itself(folder: Path, tmp_path: Path) -> None:
     """The whole command, with each of the streams that a job may leave it with."""
+    dataset = build(folder, tmp_path / "out")
     run = f"from prep.cli import main; main(['verify', {str(dataset)!r}, '--workers', '1'])"
     ended = shell("$RUN 2>&-", run)
     assert ended.returncode == 0
