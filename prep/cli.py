@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from loader.format import BORDERS, CONTAINERS, RESIZES, SCALES, ShardsError
+from loader.format import BORDERS, CONTAINERS, RESIZES, SCALES, ShardsError, one_line
 from prep import __version__
 from prep.console import GivenPath, UnixGroup
 from prep.verify_cli import verify
@@ -29,7 +29,8 @@ class Cli(UnixGroup):
         try:
             return super().invoke(ctx)
         except ShardsError as error:
-            raise click.ClickException(str(error)) from None
+            # It may tell names that a stranger chose.
+            raise click.ClickException("\n".join(map(one_line, str(error).split("\n")))) from None
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
