@@ -23,6 +23,7 @@ from loader.shards import Shards
 from loader.storage import file_system, is_network
 from prep.advice import WAYS, Need, Report, Way
 from prep.memory import available
+from prep.starting import startable_threads
 
 REQUEST = 64 << 10  # bytes: about what one row of tiles of an HR crop takes
 WARM_BATCHES = 8
@@ -68,12 +69,12 @@ def _measure(shards: Shards, plan: Plan, need: Need, seconds: float) -> Report:
         try:
             cold = patch_rate(folder, need, way, draws, share)
             rates[way] = cold, patch_rate(folder, need, way, again, share, skip=WARM_BATCHES)
-        except (FormatError, MemoryError) as error:  # files that cannot be mapped (FUSE with direct_io, ulimit -v)
+        except (FormatError, MemoryError, RuntimeError) as error:
+            # Files that cannot be mapped (FUSE with direct_io), or too little room for maps or threads (ulimit -v).
             left_out[way] = str(error) or "memory is short"
     if not rates:
-        raise ShardsError(
-            "\n  ".join([f"{folder}: expected a way of reading that works, got none:", *left_out.values()])
-        )
+        reasons = [f"io={way!r}: {reason}" for way, reason in left_out.items()]
+        raise ShardsError("\n  ".join([f"{folder}: expected a way of reading that works, got none:", *reasons]))
     return Report(
         file_system=file_system(folder),
         network=is_network(folder),
@@ -157,8 +158,12 @@ def read_rate(folder: Path, index: Index, seconds: float) -> float:
                     break
         return done
 
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        total = sum(pool.map(read, range(READ_THREADS)))
+    threads = startable_threads(READ_THREADS)
+    start = time.perf_counter()
+    if threads == 0:
+        return read(0) / (time.perf_counter() - start)
+    with ThreadPoolExecutor(threads) as pool:
+        total = sum(pool.map(read, range(threads)))
     return total / (time.perf_counter() - start)
 
 

@@ -19,6 +19,7 @@ import click
 from loader.format import one_line
 
 STANDARD_STREAMS = (0, 1, 2)
+NO_THREAD = "can't start new thread"  # what Python says
 
 
 class OutputError(Exception):
@@ -97,6 +98,11 @@ class UnixCommand(click.Command):
                 raise SystemExit(1) from None
             except MemoryError as error:
                 tell(f"Error: expected enough memory, got none left{f' ({error})' * bool(str(error))}")
+                raise SystemExit(1) from None
+            except RuntimeError as error:
+                if NO_THREAD not in str(error):
+                    raise
+                tell("Error: expected room for another thread, got none (see ulimit -u and -v)")
                 raise SystemExit(1) from None
 
 
