@@ -161,7 +161,7 @@ def _refuse_another(folder: Path, terms: Terms, overwrite: bool) -> None:
         return
     if exists(folder / BUILD):
         found = read_terms(folder, terms)
-        lines = differences(terms, found, versions=True) if found else [f"{BUILD}: damaged"]
+        lines = differences(terms, found, versions=True) if found else [f"{BUILD}: damaged, or of far more images"]
         head = f"{folder}: expected an unfinished build by this command, got another's (--overwrite starts anew):"
         raise ShardsError("\n  ".join([head, *lines]))
     if shards := [path.name for path in folder.iterdir() if SHARD.fullmatch(path.name)]:

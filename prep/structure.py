@@ -12,7 +12,8 @@ from loader.format import CHANNELS, Index, plane_group, plane_name
 from loader.safefile import open_member
 from prep.check import Finding
 
-FAILURES = (OSError, RuntimeError, KeyError, ValueError, TypeError)  # what h5py makes of libhdf5's errors
+# What h5py makes of libhdf5's errors; a damaged file can also ask it for any amount of memory.
+FAILURES = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
 LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "an external link"}
 
 
@@ -42,7 +43,7 @@ def check_hdf5(descriptor: int, path: Path, index: Index, number: int) -> Iterat
         # The file that is open, whatever its name leads to by now.
         name = Path(f"/proc/self/fd/{descriptor}")
         file = h5f.open(os.fsencode(name if name.exists() else path), h5f.ACC_RDONLY, access)
-    except (OSError, RuntimeError, ValueError) as error:
+    except FAILURES as error:
         yield Finding(number, f"{path}: expected an HDF5 file, got one that cannot be opened ({_reason(error)})")
         return
     try:
