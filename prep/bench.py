@@ -59,7 +59,7 @@ def _measure(shards: Shards, plan: Plan, need: Need, seconds: float) -> Report:
     rates: dict[Way, tuple[float, float]] = {}
     left_out: dict[str, str] = {}
     for number, way in enumerate(WAYS):
-        if text := short_of_memory(index, need, way):
+        if text := short_of_memory(index, need, way) or (short_of_threads(need) if way == "pread" else None):
             left_out[way] = text
             continue
         forget(shards)
@@ -108,6 +108,13 @@ def short_of_memory(index: Index, need: Need, way: Way, free: int | None = None)
     if free is None or wanted <= free:
         return None
     return f"expected {wanted / 1e6:,.0f} MB of memory, got {free / 1e6:,.0f} MB; a smaller --batch-size needs less"
+
+
+def short_of_threads(need: Need) -> str | None:
+    """Why there cannot be the many threads that positional reads take; None where there can."""
+    wanted = need.threads + 2 + READ_THREADS
+    found = startable_threads(wanted)
+    return None if found == wanted else f"expected room for {wanted} threads, got {found} (see ulimit -u and -v)"
 
 
 def forget(shards: Shards) -> float | None:

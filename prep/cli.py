@@ -14,7 +14,8 @@ import click
 
 from loader.format import BORDERS, CONTAINERS, RESIZES, SCALES, ShardsError, one_line
 from prep import __version__
-from prep.console import GivenPath, UnixGroup
+from prep.console import UnixGroup
+from prep.paths import GivenPath
 from prep.verify_cli import verify
 
 DEFAULT_SOURCE = Path("datasets/DIV2K/DIV2K_train_HR")

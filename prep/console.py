@@ -11,12 +11,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, TextIO
 
 import click
-
-from loader.format import one_line
 
 STANDARD_STREAMS = (0, 1, 2)
 NO_THREAD = "can't start new thread"  # what Python says
@@ -49,31 +46,6 @@ def tell(text: str) -> None:
     """Print a line on standard error; a reader who is gone, or a full device, is no reason to stop."""
     with suppress(OSError):
         click.echo(text, err=True)
-
-
-class GivenPath(click.Path):
-    """A path that was given: an empty one is an unset variable, not the working directory; nor is a dead mount absent.
-
-    Args:
-        exists: there must be something, be it out of reach at the moment: its reader tells.
-    """
-
-    def __init__(self, exists: bool = False) -> None:
-        super().__init__(path_type=Path)
-        self._must_exist = exists
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the Path; see click.ParamType.convert."""
-        if not os.fspath(value):
-            self.fail("expected a path, got an empty argument: is a variable unset?", param, ctx)
-        if self._must_exist:
-            try:
-                Path(os.fsdecode(value)).stat()
-            except FileNotFoundError:
-                self.fail(f"{one_line(os.fspath(value))!r} does not exist.", param, ctx)
-            except OSError:
-                pass
-        return super().convert(value, param, ctx)
 
 
 class UnixCommand(click.Command):

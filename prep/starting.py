@@ -2,9 +2,15 @@
 
 import threading
 
+from prep.limits import affordable_threads
+
 
 def startable_threads(wanted: int) -> int:
-    """Return how many threads the system lets this process have at once, up to `wanted`; found out by trying."""
+    """Return how many threads the system lets this process have at once, up to `wanted`.
+
+    Found out by trying, but for `ulimit -v`: a thread that dies for want of memory may be waited for without end.
+    """
+    wanted = affordable_threads(wanted)
     release = threading.Event()
     started: list[threading.Thread] = []
     try:

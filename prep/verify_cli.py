@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from loader.format import Index, ShardsError, one_line
-from prep.console import GivenPath, tell
+from prep.console import tell
+from prep.paths import GivenPath
 
 if TYPE_CHECKING:
     from prep.check import Finding

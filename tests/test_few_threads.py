@@ -49,11 +49,12 @@ def test_bench_says_what_it_could_not_measure(dataset: Path, limit: list[int]) -
     limit[0] = 6  # one asks, two gather, and none is left to read 32 places at once
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
-    assert "io='pread' was not measured: can't start new thread" in result.output
+    assert "io='pread' was not measured: expected room for 36 threads, got 6" in result.output
     limit[0] = 0
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 1
-    assert result.output.count("can't start new thread") == 2
+    assert "io='mmap': can't start new thread" in result.output
+    assert "io='pread': expected room for 36 threads, got 0 (see ulimit -u and -v)" in result.output
 
 
 def test_elsewhere_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

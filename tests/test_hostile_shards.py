@@ -380,7 +380,7 @@ def test_arguments_that_are_empty(dataset: Path) -> None:
     for words in (["verify", ""], ["verify", dataset, "--source", ""], ["bench", ""]):
         result = CliRunner().invoke(main, list(map(str, words)))
         assert result.exit_code == 2
-        assert "is a variable unset?" in result.output
+        assert "a shell variable that is not set?" in result.output
 
 
 def test_repair_of_a_shard_whose_sources_cannot_be_read(
