@@ -14,7 +14,7 @@ import click
 
 from loader.format import BORDERS, CONTAINERS, RESIZES, SCALES, ShardsError, one_line
 from prep import __version__
-from prep.console import UnixGroup
+from prep.console import UnixCommand
 from prep.paths import GivenPath
 from prep.verify_cli import verify
 
@@ -22,7 +22,7 @@ DEFAULT_SOURCE = Path("datasets/DIV2K/DIV2K_train_HR")
 WITH_SKIPS = 3  # exit code of a build that left images out
 
 
-class Cli(UnixGroup):
+class Cli(UnixCommand, click.Group):
     """A group whose commands report the project's own errors as click reports its own: one message, exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -178,7 +178,7 @@ def bench(
     from prep.advice import Need, advice, report_lines
     from prep.bench import measure
 
-    need = Need(scale if scale is not None else max(read_index(folder).scales), lr_patch, batch_size, step_ms, threads)
+    need = Need(max(read_index(folder).scales) if scale is None else scale, lr_patch, batch_size, step_ms, threads)
     report = measure(folder, need, seconds)
     if as_json:
         click.echo(json.dumps(vars(report) | {"advice": advice(report, folder)}, indent=1))
