@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 import loader.shards
 import prep.bench
-from loader.format import FormatError
+from loader.format import PAGE, FormatError
 from loader.index import read_index
 from prep.advice import Need, Report, advice, report_lines, shell_word
 from prep.bench import short_of_memory
@@ -111,7 +111,11 @@ def test_where_memory_is_short(dataset: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_storage_that_fails_is_one_line(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> bytes:
+    real = os.pread
+
+    def fail(descriptor: int, size: int, offset: int) -> bytes:
+        if size != PAGE:  # of the index
+            return real(descriptor, size, offset)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "pread", fail)
