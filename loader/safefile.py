@@ -7,6 +7,7 @@ other end of a pipe, and none reads more bytes than its caller allows.
 """
 
 import errno
+import functools
 import os
 import secrets
 import stat
@@ -52,6 +53,31 @@ def open_named(path: Path) -> int:
     return _regular(os.open(path, _READ), path)
 
 
+def open_own(path: Path) -> int:
+    """Open for reading a file that nobody but this user can have made, and return its descriptor.
+
+    Raises:
+        UnsafeFileError: it is a link, no regular file, has a second name, or belongs to another user.
+        OSError: it cannot be opened.
+    """
+    descriptor = _regular(os.open(path, _READ | os.O_NOFOLLOW), path)
+    found = os.fstat(descriptor)
+    if found.st_nlink == 1 and is_own(found, path.parent):
+        return descriptor
+    os.close(descriptor)
+    what = f"a file of {found.st_nlink} names" if found.st_nlink != 1 else f"a file of user {found.st_uid}"
+    raise UnsafeFileError(errno.EPERM, what, str(path))
+
+
+def is_own(found: os.stat_result, folder: Path) -> bool:
+    """Whether a file or folder, found in `folder`, belongs to whoever owns the files that this process makes there.
+
+    That is this user, or nobody in particular: where a server maps users to others (root_squash, CIFS with `uid=`), a
+    new file tells.
+    """
+    return found.st_uid == os.geteuid() or found.st_uid == _owner_of_new_files(folder)
+
+
 def open_exclusive(path: Path, mode: int = 0o666) -> int:
     """Create a file for reading and writing, and return its descriptor; whatever is at `path` is left alone.
 
@@ -91,6 +117,11 @@ def read_member(path: Path, limit: int) -> bytes:
 def read_named(path: Path, limit: int) -> bytes:
     """Return the content of a file that the user named; see `open_named`. OSError (EFBIG) beyond `limit` bytes."""
     return _read(open_named(path), path, limit)
+
+
+def read_own(path: Path, limit: int) -> bytes:
+    """Return the content of a file that only this user can have made; see `open_own`. OSError beyond `limit` bytes."""
+    return _read(open_own(path), path, limit)
 
 
 def write_staged(path: Path, data: bytes) -> None:
@@ -144,6 +175,20 @@ def sync_folder(folder: Path) -> None:
 def describe_kind(mode: int) -> str:
     """Name what a file mode (`st_mode`) stands for, where it is no regular file: "a pipe", "a folder", …"""
     return _KINDS.get(stat.S_IFMT(mode), "a device")
+
+
+@functools.lru_cache(64)
+def _owner_of_new_files(folder: Path) -> int:
+    path = folder / f".{secrets.token_hex(8)}.part"
+    try:
+        descriptor = open_exclusive(path)
+    except OSError:
+        return os.geteuid()
+    try:
+        return os.fstat(descriptor).st_uid
+    finally:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
 
 
 def _regular(descriptor: int, path: Path) -> int:

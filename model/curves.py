@@ -19,7 +19,8 @@ import click
 
 from loader.format import ShardsError, one_line
 from loader.safefile import read_named, write_atomically
-from prep.console import GivenPath, UnixCommand
+from prep.console import UnixCommand
+from prep.paths import GivenPath
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

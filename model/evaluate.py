@@ -34,7 +34,8 @@ from model.pairs import LeaveOut, Pair, large_enough, read_pairs, shard_pairs
 from model.pictures import Picture, encode_picture
 from model.sheet import Row, make_row, write_sheet
 from model.upscalers import OutputError, Upscaler, bicubic_upscaler, keep_freed_memory, network_upscaler
-from prep.console import GivenPath, UnixCommand, tell
+from prep.console import UnixCommand, tell
+from prep.paths import GivenPath
 
 Watcher = Callable[[Pair, Image], None]
 

@@ -23,7 +23,8 @@ from loader.format import ShardsError, one_line
 from loader.safefile import write_atomically
 from model.options import Weights, check_output, describe, open_network, weights_option
 from model.shufflemixer import ShuffleMixer
-from prep.console import GivenPath, UnixCommand
+from prep.console import UnixCommand
+from prep.paths import GivenPath
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -33,9 +33,10 @@ from model.options import (
 from model.pictures import KINDS, Picture, Pixels, check_kind, encode_picture, read_picture
 from model.tiled import Span, Tiling, spans
 from model.upscalers import OutputError, Upscaler, keep_freed_memory, network_upscaler
-from prep.console import GivenPath, UnixCommand, tell
+from prep.console import UnixCommand, tell
 from prep.images import SUFFIXES
 from prep.imresize import enlarge
+from prep.paths import GivenPath
 
 STRIP = 1 << 18  # LR pixels of alpha enlarged at once
 BICUBIC_RADIUS = 3  # LR pixels that matter to an enlarged one, at most

@@ -1,48 +1,16 @@
-"""Records of shards → index → dataset: the last step, after which there is a dataset where there was none."""
+"""Finished shards → dataset: the last step, after which there is a dataset where there was none."""
 
 import json
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from loader import format as fmt
-from loader.format import HR, Index, Plane, ShardsError, Strings
-from loader.index import dump_index
-from loader.safefile import sync_folder
-from prep.journal import SHARD, SKIPPED, stage
-from prep.shard import PART, Bad, Recipe, ShardRecord
-from prep.terms import MADE_BY, lr_origin
-
-
-def make_index(recipe: Recipe, records: Sequence[ShardRecord]) -> Index:
-    """The index of a dataset from the records of its shards, in order."""
-    built = [record for record in records if record.shard]
-    images = [image for record in built for image in record.images]
-    if not images:
-        raise ShardsError("expected at least one usable image, got none")
-    planes = {}
-    for scale in (HR, *recipe.scales):
-        runs = [image.runs[scale] for image in images]
-        named = [(run.source, run.source_sha256) for run in runs if run.source and run.source_sha256]
-        planes[scale] = Plane(
-            tile=fmt.plane_tile(recipe.tile, scale),
-            offset=np.array([run.offset for run in runs], np.int64),
-            crc32=np.array([run.crc32 for run in runs], np.int64),
-            source=Strings([name for name, _ in named]) if named else None,
-            source_sha256=Strings([digest for _, digest in named]) if named else None,
-        )
-    return Index(
-        container=recipe.container,
-        made_by=MADE_BY,
-        lr=lr_origin(recipe),
-        shards=tuple(record.shard for record in built if record.shard),
-        name=Strings([image.name for image in images]),
-        shard=np.repeat(np.arange(len(built)), [len(record.images) for record in built]),
-        height=np.array([image.height for image in images], np.int64),
-        width=np.array([image.width for image in images], np.int64),
-        planes=planes,
-    )
+from loader.format import Index, ShardsError
+from loader.index import INDEX_ROOM, INDEX_SHARE, dump_index, parse_index
+from loader.safefile import describe_kind, sync_folder
+from prep.shard import PART, Bad
+from prep.staging import SHARD, SKIPPED, exists, need_file_or_nothing, stage
 
 
 def commit(folder: Path, index: Index, bad: Sequence[Bad]) -> None:
@@ -50,22 +18,43 @@ def commit(folder: Path, index: Index, bad: Sequence[Bad]) -> None:
 
     What an earlier dataset left in the folder is removed first, its index before its shards: at no moment does an
     index stand beside shards that are not its own. A commit that was stopped can be done again.
+
+    Raises:
+        FormatError: readers would not take the index.
+        ShardsError: a name that must be replaced is a folder's. The earlier dataset is untouched then.
+        OSError: something cannot be written.
     """
-    staged = stage(folder / fmt.INDEX, dump_index(index))
+    names = {shard.file for shard in index.shards}
+    old = [path for path in folder.iterdir() if SHARD.fullmatch(path.name) or path.name == SKIPPED]
+    for path in (folder / fmt.INDEX, *old):
+        need_file_or_nothing(path)
+    staged = stage(folder / fmt.INDEX, _checked(folder / fmt.INDEX, index))
     if bad:
         text = json.dumps([vars(entry) for entry in bad], indent=1, ensure_ascii=False) + "\n"
         skipped = stage(folder / SKIPPED, text.encode())
     (folder / fmt.INDEX).unlink(missing_ok=True)
     sync_folder(folder)
-    names = {shard.file for shard in index.shards}
-    for path in folder.iterdir():
-        if (SHARD.fullmatch(path.name) and path.name not in names) or path.name == SKIPPED:
-            path.unlink()
+    for path in old:
+        if path.name not in names:
+            path.unlink(missing_ok=True)
     if bad:
         skipped.rename(folder / SKIPPED)
     for name in names:
-        if (part := folder / (name + PART)).exists():
+        if exists(part := folder / (name + PART)):
+            if not stat.S_ISREG(mode := part.lstat().st_mode):
+                raise ShardsError(f"{part}: expected a finished shard, got {describe_kind(mode)}")
             part.rename(folder / name)
     sync_folder(folder)
     staged.rename(folder / fmt.INDEX)
     sync_folder(folder)
+
+
+def _checked(path: Path, index: Index) -> bytes:
+    """The text of an index that readers will take."""
+    text = dump_index(index)
+    most = INDEX_ROOM + sum(shard.bytes for shard in index.shards) // INDEX_SHARE
+    if len(text) > most:
+        expected = f"an index of at most {most} bytes, as its shards are, which readers take"
+        raise ShardsError(f"{path}: expected {expected}, got {len(text)}; shorter names of folders and files help")
+    parse_index(text, str(path))
+    return text

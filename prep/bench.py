@@ -1,4 +1,4 @@
-"""Will my storage keep up? What a dataset's storage gives, what training needs, and what to do about it."""
+"""Will my storage keep up? What a dataset's storage gives; see prep.advice for what follows from it."""
 
 import errno
 import os
@@ -6,17 +6,15 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, suppress
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from loader.files import open_shard
-from loader.format import PAGE, Index, ShardsError
+from loader.format import CHANNELS, HR, PAGE, FormatError, Index, ShardsError
 from loader.pipeline import Pipeline, default_readahead
 from loader.plan import Crops, Plan
 from loader.positional import READ_THREADS
@@ -25,56 +23,19 @@ from loader.room import Room
 from loader.shards import Shards
 from loader.storage import file_system, is_network
 from loader.tiles import Pixels
+from prep.advice import WAYS, Need, Report, Way
+from prep.memory import available
+from prep.starting import startable_threads
 
-MARGIN = 1.2  # storage that gives this times what is needed keeps up
 REQUEST = 64 << 10  # bytes: about what one row of tiles of an HR crop takes
 WARM_BATCHES = 8
-Way = Literal["mmap", "pread"]
-
-
-@dataclass(frozen=True)
-class Need:
-    """A training run: what it takes in one step, and how long a step is."""
-
-    scale: int
-    lr_patch: int
-    batch_size: int
-    step_ms: float
-    threads: int
-
-    @property
-    def patches_per_second(self) -> float:
-        """The rate at which such a run takes patches."""
-        return self.batch_size / self.step_ms * 1000
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was measured. Rates are patches per second, by way of reading; `forgotten` is the share of pages that left
-    the page cache when asked to, None where the system does not tell: cold figures are only cold if it is near 1."""
-
-    file_system: str
-    network: bool
-    dataset_bytes: int
-    free_memory: int
-    latency_ms: float
-    random_mb_per_second: float
-    forgotten: float | None
-    cold: dict[str, float]
-    warm: dict[str, float]
-    needed: float
-
-    @property
-    def chosen(self) -> Way:
-        """The way that io="auto" takes here."""
-        return "pread" if self.network else "mmap"
 
 
 def measure(folder: Path, need: Need, seconds: float) -> Report:
-    """Measure for about so many seconds.
+    """Measure for about so many seconds. A way of reading that does not work here is left out, and said to be.
 
     Raises:
-        ShardsError: the folder holds no dataset with that scale, or no image large enough.
+        ShardsError: the folder holds no dataset with that scale, or no image large enough; or it cannot be read.
     """
     shards = Shards(folder)
     shards.need_scale(need.scale)
@@ -82,37 +43,80 @@ def measure(folder: Path, need: Need, seconds: float) -> Report:
     if not plan.positions:
         side = need.lr_patch * need.scale
         raise ShardsError(f"{folder}: expected an image of {side} × {side} pixels or more for such patches, got none")
-    index, share = shards.index, seconds / 7
+    try:
+        return _measure(shards, plan, need, seconds)
+    except OSError as error:
+        raise ShardsError(f"{folder}: expected storage that can be read, got {error.strerror or error}") from None
+
+
+def _measure(shards: Shards, plan: Plan, need: Need, seconds: float) -> Report:
+    folder, index, share = shards.folder, shards.index, seconds / 7
     # Half of the dataset at most: soon after that, crops would come from pages that others brought.
     side = need.lr_patch * need.scale
-    fresh = max(1, int(shards.index.height @ shards.index.width) // (2 * side * side * need.batch_size))
+    fresh = max(1, int(index.height @ index.width) // (2 * side * side * need.batch_size))
     forgotten = forget(shards)
     latency = read_latency(folder, index, share / 2)
     forget(shards)
     random_rate = read_rate(folder, index, share)
-    cold: dict[str, float] = {}
-    warm: dict[str, float] = {}
-    ways: tuple[Way, ...] = ("mmap", "pread")
-    for number, way in enumerate(ways):
+    rates: dict[Way, tuple[float, float]] = {}
+    left_out: dict[str, str] = {}
+    for number, way in enumerate(WAYS):
+        if text := short_of_memory(index, need, way) or (short_of_threads(need) if way == "pread" else None):
+            left_out[way] = text
+            continue
         forget(shards)
         # Each trial draws from an epoch of its own: no crop was read before.
         draws = (partial(_draw, plan, number, step, need.batch_size) for step in range(fresh))
-        cold[way] = patch_rate(folder, need, way, draws, share)
-    for way in ways:
         again = cycle([partial(_draw, plan, 9, step, need.batch_size) for step in range(WARM_BATCHES)])
-        warm[way] = patch_rate(folder, need, way, again, share, skip=WARM_BATCHES)
+        try:
+            cold = patch_rate(folder, need, way, draws, share)
+            rates[way] = cold, patch_rate(folder, need, way, again, share, skip=WARM_BATCHES)
+        except (FormatError, MemoryError, RuntimeError) as error:
+            # Files that cannot be mapped (FUSE with direct_io), or too little room for maps or threads (ulimit -v).
+            left_out[way] = str(error) or "memory is short"
+    if not rates:
+        reasons = [f"io={way!r}: {reason}" for way, reason in left_out.items()]
+        raise ShardsError("\n  ".join([f"{folder}: expected a way of reading that works, got none:", *reasons]))
     return Report(
         file_system=file_system(folder),
         network=is_network(folder),
         dataset_bytes=sum(shard.bytes for shard in index.shards),
-        free_memory=_free_memory(),
+        free_memory=available() or 0,
         latency_ms=latency * 1000,
         random_mb_per_second=random_rate / 1e6,
         forgotten=forgotten,
-        cold=cold,
-        warm=warm,
+        cold={way: cold for way, (cold, _) in rates.items()},
+        warm={way: warm for way, (_, warm) in rates.items()},
         needed=need.patches_per_second,
+        left_out=left_out,
     )
+
+
+def short_of_memory(index: Index, need: Need, way: Way, free: int | None = None) -> str | None:
+    """Why there is too little memory for a way of reading, None where there is enough.
+
+    Mapped pages count for nothing, since the system drops them; positional reads keep the tiles of each batch ahead.
+
+    Args:
+        index, need, way: what is to be read, and how.
+        free: bytes of memory there are; None: what the system says.
+    """
+    sides = {HR: need.lr_patch * need.scale, need.scale: need.lr_patch}
+    crops = need.batch_size * CHANNELS * sum(side**2 for side in sides.values())
+    tiles = need.batch_size * CHANNELS * sum((side + 2 * index.planes[s].tile) ** 2 for s, side in sides.items())
+    ahead = default_readahead(need.batch_size) + need.threads + 2
+    wanted = (need.threads + 3) * crops + (ahead * tiles if way == "pread" else 0)
+    free = available() if free is None else free
+    if free is None or wanted <= free:
+        return None
+    return f"expected {wanted / 1e6:,.0f} MB of memory, got {free / 1e6:,.0f} MB; a smaller --batch-size needs less"
+
+
+def short_of_threads(need: Need) -> str | None:
+    """Why there cannot be the many threads that positional reads take; None where there can."""
+    wanted = need.threads + 2 + READ_THREADS
+    found = startable_threads(wanted)
+    return None if found == wanted else f"expected room for {wanted} threads, got {found} (see ulimit -u and -v)"
 
 
 def forget(shards: Shards) -> float | None:
@@ -122,7 +126,8 @@ def forget(shards: Shards) -> float | None:
     for number, shard in enumerate(shards.index.shards):
         descriptor = open_shard(shards.folder, shards.index, number)
         try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # not every file system takes advice
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             for offset in rng.integers(0, shard.bytes, 8):
                 try:
                     os.preadv(descriptor, [bytearray(1)], int(offset), os.RWF_NOWAIT)
@@ -162,8 +167,12 @@ def read_rate(folder: Path, index: Index, seconds: float) -> float:
                     break
         return done
 
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        total = sum(pool.map(read, range(READ_THREADS)))
+    threads = startable_threads(READ_THREADS)
+    start = time.perf_counter()
+    if threads == 0:
+        return read(0) / (time.perf_counter() - start)
+    with ThreadPoolExecutor(threads) as pool:
+        total = sum(pool.map(read, range(threads)))
     return total / (time.perf_counter() - start)
 
 
@@ -189,49 +198,6 @@ def patch_rate(
     return given * need.batch_size / (time.perf_counter() - start)
 
 
-def advice(report: Report, folder: Path) -> str:
-    """What a person had better do."""
-    enough = report.needed * MARGIN
-    if max(report.warm.values()) < report.needed:
-        return (
-            "Even from memory, the loader gives fewer patches than training takes: give it more threads "
-            "(PatchLoader(threads=..), train.py --workers), or check what else runs here."
-        )
-    if report.cold[report.chosen] >= enough:
-        return f'Fine as it is: io="auto" ({report.chosen} here) keeps up even when nothing is cached.'
-    other = "pread" if report.chosen == "mmap" else "mmap"
-    if report.cold[other] >= enough:
-        return f'Use io="{other}": that way this storage keeps up even when nothing is cached.'
-    minutes = report.dataset_bytes / (report.random_mb_per_second * 1e6) / 60
-    copy = f'cp -r {folder} "$TMPDIR"/    # about {minutes:.1f} minutes at the rate measured'
-    if report.dataset_bytes < report.free_memory * 0.8:
-        return (
-            "The first epoch will wait for the storage; later ones come from memory, into which the dataset fits. To "
-            f"avoid the wait, copy it to node-local storage first:\n  {copy}"
-        )
-    return f"This storage is too slow for this training, and memory too small. Copy to node-local storage:\n  {copy}"
-
-
-def report_lines(report: Report, need: Need, folder: Path) -> list[str]:
-    """The report for a person."""
-    kind = "counts as network" if report.network else "counts as local disk"
-    lines = [
-        f"{folder}: {report.dataset_bytes / 1e9:.2f} GB on {report.file_system}, which {kind}",
-        f"latency             {report.latency_ms:.2f} ms for a scattered read of 4 KiB",
-        f"scattered reads     {report.random_mb_per_second:.0f} MB/s, 64 KiB each, {READ_THREADS} at once",
-    ]
-    lines += [f"patches/s, cold     {rate:,.0f} with io={way!r}" for way, rate in report.cold.items()]
-    lines += [f"patches/s, warm     {rate:,.0f} with io={way!r}" for way, rate in report.warm.items()]
-    lines.append(
-        f"training takes      {report.needed:,.0f} patches/s: batches of {need.batch_size} in {need.step_ms:g} ms"
-    )
-    if report.forgotten is not None and report.forgotten < 0.9:
-        lines.append(
-            f"({1 - report.forgotten:.0%} of the pages stayed in memory, in use elsewhere: cold figures are too good)"
-        )
-    return [*lines, advice(report, folder)]
-
-
 def _places(folder: Path, index: Index, size: int, seed: int = 0) -> Generator[tuple[int, int], None, None]:
     """Descriptors and page-aligned offsets, scattered over all shards, for ever; each is likely to be new."""
     rng = np.random.default_rng([time.time_ns(), seed])
@@ -251,11 +217,3 @@ def _places(folder: Path, index: Index, size: int, seed: int = 0) -> Generator[t
 
 def _draw(plan: Plan, epoch: int, step: int, batch_size: int) -> Crops:
     return plan.crops(epoch, np.arange(step * batch_size, (step + 1) * batch_size))
-
-
-def _free_memory() -> int:
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return 0
-    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable"))

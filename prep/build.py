@@ -14,15 +14,18 @@ from typing import TypeVar
 from loader import format as fmt
 from loader.format import Index, ShardsError, one_line
 from loader.index import read_index
-from prep.assemble import commit, make_index
+from prep.assemble import commit
 from prep.images import HEADER_THREADS, ImageError, ImageFile, check_sizes, pair_lr, read_size
-from prep.journal import BUILD, SHARD, Journal, clean, discard, holds, leftovers, read_skipped, read_terms
+from prep.indexing import make_index
+from prep.journal import Journal, clean, discard, holds, leftovers, read_skipped, read_terms
 from prep.lock import LOCK, locked
 from prep.memory import fitting_workers
 from prep.pool import build_shards
 from prep.shard import Bad, Recipe, ShardPlan, ShardRecord, Source
 from prep.space import Sizes, need_space
+from prep.staging import BUILD, SHARD, exists
 from prep.terms import MADE_BY, Terms, differences, terms_of, terms_of_index
+from prep.trust import others_who_can_write
 
 Report = Callable[[int], None]
 Note = Callable[[str], None]
@@ -105,9 +108,11 @@ def build_dataset(
         if stands() and not leftovers(folder) and not (folder / LOCK).exists():
             return check_dataset(plans, workers, skip_bad, report, note)  # needs no right to write
         with _made(folder), locked(folder, note):
-            if read_terms(folder) != terms:
+            if who := others_who_can_write(folder):
+                note(f"{folder}: can be written by {who}, too: what is found there may be theirs (see SECURITY.md)")
+            if read_terms(folder, terms) != terms:
                 if stands():
-                    if (folder / BUILD).exists():
+                    if exists(folder / BUILD):
                         note(f"{folder}: beside the dataset there is an unfinished build of another")
                     else:
                         clean(folder)
@@ -143,7 +148,7 @@ def check_dataset(plans: Sequence[ShardPlan], workers: int, skip_bad: bool, repo
         head = f"{folder}: expected unharmed shards, got these damaged (prep verify --repair, or --overwrite):"
         raise ShardsError("\n  ".join([head, *damaged]))
     if index.made_by != MADE_BY:
-        note(f"{folder}: made by {index.made_by}; this is {MADE_BY}")
+        note(one_line(f"{folder}: made by {index.made_by[:200]}; this is {MADE_BY}"))
     return Summary(index, sum(shard.bytes for shard in index.shards), skipped, checked=True)
 
 
@@ -151,9 +156,9 @@ def _refuse_another(folder: Path, terms: Terms, overwrite: bool) -> None:
     """Hold that no work of others is in the way of a new build."""
     if overwrite:
         return
-    if (folder / BUILD).exists():
-        found = read_terms(folder)
-        lines = differences(terms, found, versions=True) if found else [f"{BUILD}: damaged"]
+    if exists(folder / BUILD):
+        found = read_terms(folder, terms)
+        lines = differences(terms, found, versions=True) if found else [f"{BUILD}: damaged, or of far more images"]
         head = f"{folder}: expected an unfinished build by this command, got another's (--overwrite starts anew):"
         raise ShardsError("\n  ".join([head, *lines]))
     if shards := [path.name for path in folder.iterdir() if SHARD.fullmatch(path.name)]:

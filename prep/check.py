@@ -1,9 +1,10 @@
 """One shard against its index: a single pass over the file that feeds every checksum, and a look at its padding."""
 
+import errno
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,20 +12,27 @@ import numpy as np
 
 from loader.format import CHANNELS, FormatError, Index, plane_name
 from loader.index import check_file
+from loader.safefile import open_member
 from loader.tiles import Pixels
 
 BLOCK = 1 << 20  # bytes read at once: they are still in the processor's cache for each of the checksums
 GAP = 0  # the scale of what lies between runs
+ROOM, ROOM_PER_RUN = 1 << 20, 16 << 10  # bytes that may lie between runs; HDF5 takes about 1 KiB for a dataset
+HOLE = 1 << 30  # bytes of a file that may be missing from the disk in one place: no image is that black
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong in a shard, in a line; `image` and `scale` where it is one plane of one image."""
+    """What is wrong in a shard, in a line; `image` and `scale` where it is one plane of one image.
+
+    With `compared` False nothing is known to be wrong: a source could not be read.
+    """
 
     shard: int
     text: str
     image: int | None = None
     scale: int | None = None
+    compared: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,19 +68,33 @@ def check_shard(folder: Path, index: Index, number: int, tick: Tick) -> list[Fin
 
     Returns: what is wrong, the shard as a whole first, then its planes in the order of their runs.
     """
-    shard = index.shards[number]
-    path = folder / shard.file
+    path = folder / index.shards[number].file
     findings = list(check_length(folder, index, number))
-    if findings and (path.is_symlink() or not path.is_file()):
-        return findings
     try:
-        check = _Pass(index, number, tick)
-        with path.open("rb", buffering=0) as file:
-            wrong = check.read(file.fileno())
+        descriptor = open_member(path)
     except OSError as error:
-        if not findings:
-            findings.append(Finding(number, f"{path}: expected a readable file, got {error.strerror}"))
-        return findings
+        return findings or [Finding(number, f"{path}: expected a readable file, got {error.strerror}")]
+    try:
+        return check_bytes(descriptor, path, index, number, tick, findings)
+    finally:
+        os.close(descriptor)
+
+
+def check_bytes(
+    descriptor: int, path: Path, index: Index, number: int, tick: Tick, known: Sequence[Finding] = ()
+) -> list[Finding]:
+    """Read an open shard once; as `check_shard`, which has looked at its length, with findings that are `known`.
+
+    What has room for more than its runs, or a hole that none of them explains, is not read: it could be without end.
+    """
+    findings, shard = list(known), index.shards[number]
+    try:
+        if text := _implausible(index, number) or _sparse(descriptor):
+            return [*findings, Finding(number, f"{path}: {text}")]
+        check = _Pass(index, number, tick)
+        wrong = check.read(descriptor)
+    except OSError as error:
+        return findings or [Finding(number, f"{path}: expected a readable file, got {error.strerror}")]
     if not findings and check.sha256 != shard.sha256:
         whole = "" if wrong else "; all its planes are whole"
         findings.append(Finding(number, f"{path}: sha256: expected {shard.sha256}, got {check.sha256}{whole}"))
@@ -89,6 +111,32 @@ def check_length(folder: Path, index: Index, number: int) -> Iterator[Finding]:
         check_file(folder, index.shards[number])
     except FormatError as error:
         yield Finding(number, str(error))
+
+
+def _implausible(index: Index, number: int) -> str | None:
+    """Why a shard cannot be as long as recorded: what lies between runs is padding to pages, and HDF5's own data."""
+    images = index.shard == number
+    count = int(images.sum()) * len(index.planes)
+    most = sum(int(index.run_lengths(scale)[images].sum()) for scale in index.planes) + ROOM + ROOM_PER_RUN * count
+    if (length := index.shards[number].bytes) <= most:
+        return None
+    return f"length: expected at most {most} bytes for {count} runs, got {length} recorded"
+
+
+def _sparse(descriptor: int) -> str | None:
+    """The first long hole of a file, of which not a byte is on the disk, where the file system tells."""
+    at, size = 0, os.fstat(descriptor).st_size
+    while at < size:
+        try:
+            start = os.lseek(descriptor, at, os.SEEK_HOLE)
+            at = os.lseek(descriptor, start, os.SEEK_DATA) if start < size else size
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # that is: no data up to the end
+                return None
+            at = size
+        if at - start > HOLE:
+            return f"expected a file that is all on the disk, got a hole of {at - start} bytes from byte {start} on"
+    return None
 
 
 def spans(index: Index, number: int) -> list[Span]:
@@ -155,6 +203,12 @@ class _Pass:
                     wrong.append((piece.span, text))
                 if piece.span.scale and piece.stop == piece.span.stop:
                     self._tick()
+            if got < length:  # the file ends here
+                for span in whole:
+                    if span.scale and span.stop > block[-1].stop:
+                        wrong.append((span, _cut(span)))
+                        self._tick()
+                break
         self.sha256 = digest.hexdigest()
         return wrong
 
@@ -176,10 +230,14 @@ class _Pass:
         if piece.stop < span.stop:
             return None
         if len(data) < piece.stop - piece.start:
-            return f"expected bytes {span.start} to {span.stop}, got the end of the file"
+            return _cut(span)
         if self._crc != (expected := int(self._index.planes[span.scale].crc32[span.image])):
             return f"crc32: expected {expected}, got {self._crc}"
         return None if self._padded else "padding: expected zeros beyond the image's edge, got others"
+
+
+def _cut(span: Span) -> str:
+    return f"expected bytes {span.start} to {span.stop}, got the end of the file"
 
 
 def is_padded(tiles: Pixels, first: int, height: int, width: int) -> bool:

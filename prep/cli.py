@@ -12,15 +12,17 @@ from typing import Any
 
 import click
 
-from loader.format import BORDERS, CONTAINERS, RESIZES, SCALES, ShardsError
+from loader.format import BORDERS, CONTAINERS, RESIZES, SCALES, ShardsError, one_line
 from prep import __version__
+from prep.console import UnixCommand
+from prep.paths import GivenPath
 from prep.verify_cli import verify
 
 DEFAULT_SOURCE = Path("datasets/DIV2K/DIV2K_train_HR")
 WITH_SKIPS = 3  # exit code of a build that left images out
 
 
-class Cli(click.Group):
+class Cli(UnixCommand, click.Group):
     """A group whose commands report the project's own errors as click reports its own: one message, exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -28,7 +30,8 @@ class Cli(click.Group):
         try:
             return super().invoke(ctx)
         except ShardsError as error:
-            raise click.ClickException(str(error)) from None
+            # It may tell names that a stranger chose.
+            raise click.ClickException("\n".join(map(one_line, str(error).split("\n")))) from None
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -150,8 +153,8 @@ def info(folder: Path | None, as_json: bool, system: bool) -> None:
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--scale", type=int, help="[default: the largest in the dataset]")
+@click.argument("folder", metavar="DIR", type=GivenPath())
+@click.option("--scale", type=click.IntRange(min=1), help="[default: the largest in the dataset]")
 @click.option("--lr-patch", type=click.IntRange(min=1), default=64, help="In LR pixels.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64)
 @click.option("--step-ms", type=click.FloatRange(min=0, min_open=True), default=100.0, help="How long a step takes.")
@@ -170,9 +173,10 @@ def bench(
 ) -> None:
     """Will the storage of the dataset at DIR keep up with training?"""
     from loader.index import read_index
-    from prep.bench import Need, advice, measure, report_lines
+    from prep.advice import Need, advice, report_lines
+    from prep.bench import measure
 
-    need = Need(scale or max(read_index(folder).scales), lr_patch, batch_size, step_ms, threads)
+    need = Need(max(read_index(folder).scales) if scale is None else scale, lr_patch, batch_size, step_ms, threads)
     report = measure(folder, need, seconds)
     if as_json:
         click.echo(json.dumps(vars(report) | {"advice": advice(report, folder)}, indent=1))

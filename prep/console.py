@@ -11,14 +11,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, TextIO
 
 import click
 
-from loader.format import one_line
-
 STANDARD_STREAMS = (0, 1, 2)
+NO_THREAD = "can't start new thread"  # what Python says
 
 
 class OutputError(Exception):
@@ -50,31 +48,6 @@ def tell(text: str) -> None:
         click.echo(text, err=True)
 
 
-class GivenPath(click.Path):
-    """A path that was given: an empty one is an unset variable, not the working directory; nor is a dead mount absent.
-
-    Args:
-        exists: there must be something, be it out of reach at the moment: its reader tells.
-    """
-
-    def __init__(self, exists: bool = False) -> None:
-        super().__init__(path_type=Path)
-        self._must_exist = exists
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the Path; see click.ParamType.convert."""
-        if not os.fspath(value):
-            self.fail("expected a path, got an empty argument: is a variable unset?", param, ctx)
-        if self._must_exist:
-            try:
-                Path(os.fsdecode(value)).stat()
-            except FileNotFoundError:
-                self.fail(f"{one_line(os.fspath(value))!r} does not exist.", param, ctx)
-            except OSError:
-                pass
-        return super().convert(value, param, ctx)
-
-
 class UnixCommand(click.Command):
     """A command that dies of SIGPIPE when its reader is gone, and ends with one line when its device is full."""
 
@@ -97,6 +70,11 @@ class UnixCommand(click.Command):
                 raise SystemExit(1) from None
             except MemoryError as error:
                 tell(f"Error: expected enough memory, got none left{f' ({error})' * bool(str(error))}")
+                raise SystemExit(1) from None
+            except RuntimeError as error:
+                if NO_THREAD not in str(error):
+                    raise
+                tell("Error: expected room for another thread, got none (see ulimit -u and -v)")
                 raise SystemExit(1) from None
 
 

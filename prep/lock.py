@@ -10,15 +10,19 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loader.format import ShardsError
+from loader.format import ShardsError, one_line
+from loader.safefile import describe_kind
 
 LOCK = "build.lock"
 BUILD, WORKERS = 0, 1  # the bytes that are locked
+LONGEST = 4096  # bytes of the text in it
+SHOWN = 300  # characters of that which are shown
 PATIENCE = 30.0  # seconds for the workers of a build that was killed to end
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -42,7 +46,8 @@ def locked(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
         os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
         yield
     finally:
-        path.unlink(missing_ok=True)  # before the lock is let go: nobody else's file is removed
+        if _is(path, descriptor):
+            path.unlink(missing_ok=True)  # before the lock is let go: nobody else's file is removed
         os.close(descriptor)
 
 
@@ -52,13 +57,17 @@ def share_lock(folder: Path) -> None:
     Raises:
         OSError: another build is about to begin.
     """
-    _lock(os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC), fcntl.LOCK_SH, WORKERS)
+    try:
+        descriptor = _file(folder / LOCK, 0)
+    except ShardsError as error:  # it was replaced since
+        raise OSError(errno.EPERM, str(error)) from None
+    _lock(descriptor, fcntl.LOCK_SH, WORKERS)
 
 
 def _open(path: Path, note: Callable[[str], None]) -> int:
     """A descriptor of the lock's file with the lock on it."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = _file(path, os.O_CREAT)
         try:
             if not _lock(descriptor, fcntl.LOCK_EX, BUILD):
                 note(f"{path.parent}: this file system has no locks: see to it that no other build writes here")
@@ -73,6 +82,34 @@ def _open(path: Path, note: Callable[[str], None]) -> int:
             if error.errno not in _TAKEN:
                 raise
             raise ShardsError(f"{path.parent}: expected no other build at work there, got {holder}") from None
+
+
+def _file(path: Path, create: int) -> int:
+    """Open the lock's file, or make it.
+
+    Raises:
+        ShardsError: it is anything but a small file of one name: whose it is, and what it holds, is then not ours.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | create | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise ShardsError(f"{path}: expected a lock's file, got {_kind(path)}") from None
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1 and found.st_size <= LONGEST:  # no name: just removed
+        return descriptor
+    os.close(descriptor)
+    got = f"one of {found.st_nlink} names and {found.st_size} bytes"
+    raise ShardsError(f"{path}: expected a lock's file, got {got if stat.S_ISREG(found.st_mode) else _kind(path)}")
+
+
+def _kind(path: Path) -> str:
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return "none"
+    return "a link" if stat.S_ISLNK(mode) else describe_kind(mode)
 
 
 def _await_workers(descriptor: int) -> None:
@@ -107,14 +144,15 @@ def _lock(descriptor: int, kind: int, byte: int) -> bool:
 def _is(path: Path, descriptor: int) -> bool:
     """Whether a path still names an open file."""
     try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
 
 
 def _holder(descriptor: int) -> str:
+    """Who has the lock, as its file says: the text of anyone who can write there."""
     try:
-        found = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {found['pid']} on {found['host']}, since {found['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(os.pread(descriptor, LONGEST, 0))
+        return one_line(f"process {int(found['pid'])} on {found['host']}, since {found['since']}")[:SHOWN]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return "one that has just begun"

@@ -1,17 +1,31 @@
 """The files that a dataset was made from: found again, known to be the same, and compared with what is stored."""
 
+import errno
 import hashlib
+import os
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from loader.files import Files
-from loader.format import HR, RESIZES, FormatError, Index, plane_name
+from loader.format import HR, RESIZES, FormatError, Index, ShardsError, one_line, plane_name
+from loader.safefile import open_named
 from loader.tiles import Pixels, split
 from prep.check import Finding
 from prep.images import ImageError, ImageFile
 from prep.shard import Recipe, Source, read_planes
+
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+class UnreadableError(ShardsError):
+    """A file that the storage does not give: whether it has changed is not known."""
+
+    def __init__(self, path: Path | str, error: OSError) -> None:
+        super().__init__(one_line(f"{path}: could not be read: {error.strerror or error}"))
 
 
 @dataclass(frozen=True)
@@ -25,13 +39,14 @@ class Originals:
         """The files of one image of a dataset; LR only where it was given and is there to compare.
 
         Raises:
+            UnreadableError: whether a file has changed cannot be told: it cannot be read.
             ImageError: a file is missing, or has changed since the build.
         """
         lr = {}
         if index.lr.made == "given" and self.lr is not None:
             for scale in index.scales:
                 inner = self.lr / f"X{scale}"
-                lr[scale] = _find(index, image, scale, (inner if inner.is_dir() else self.lr,))
+                lr[scale] = _find(index, image, scale, (inner if _mode(inner, stat.S_ISDIR) else self.lr,))
         return Source(_find(index, image, HR, self.folders), lr)
 
     def has_all(self, index: Index) -> bool:
@@ -61,11 +76,17 @@ def compare_image(folder: Path, index: Index, image: int, originals: Originals, 
     """
     number = int(index.shard[image])
     path = folder / index.shards[number].file
+    where = f"{path}: image {index.name[image]!r}: source"
     try:
         source = originals.source(index, image)
         planes = read_planes(source, recipe_of(index))
     except ImageError as error:
-        return [Finding(number, f"{path}: image {index.name[image]!r}: source: {error}", image)]
+        return [Finding(number, f"{where}: {error}", image)]
+    except ShardsError as error:  # of the storage
+        return [Finding(number, f"{where}: not compared: {error}", image, compared=False)]
+    except OSError as error:
+        failure = UnreadableError(error.filename or "a file", error)
+        return [Finding(number, f"{where}: not compared: {failure}", image, compared=False)]
     findings = []
     for scale in index.planes:
         given = index.lr.made == "given" and scale != HR
@@ -105,20 +126,36 @@ def _find(index: Index, image: int, scale: int, folders: tuple[Path, ...]) -> Im
     assert plane.source is not None
     assert plane.source_sha256 is not None
     name, expected = plane.source[image], plane.source_sha256[image]
-    places = [folder / name if folder.is_dir() else folder for folder in folders]
-    there = [path for path in places if path.is_file() and path.as_posix().endswith(name)]
+    places = [folder / name if _mode(folder, stat.S_ISDIR) else folder for folder in folders]
+    there = [path for path in places if path.as_posix().endswith(name) and _mode(path, stat.S_ISREG)]
     if not there:
         raise ImageError(f"{name}: expected this file in {', '.join(map(str, folders))}, got none there")
-    digests = [_sha256(path) for path in there]
-    for path, got in zip(there, digests, strict=True):
-        if got == expected:
+    others: list[str] = []
+    failures: list[UnreadableError] = []
+    for path in there:
+        try:
+            digest = _sha256(path)
+        except OSError as error:
+            failures.append(UnreadableError(path, error))
+            continue
+        if digest == expected:
             return ImageFile(path, name)
-    raise ImageError(f"{there[0]}: changed since the build: sha256: expected {expected}, got {digests[0]}")
+        others.append(f"{path}: changed since the build: sha256: expected {expected}, got {digest}")
+    if failures:  # it may be the one
+        raise failures[0]
+    raise ImageError(others[0])
+
+
+def _mode(path: Path, kind: Callable[[int], bool]) -> bool:
+    """Whether there is something of a kind. UnreadableError where the storage does not tell."""
+    try:
+        return kind(path.stat().st_mode)
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return False
+        raise UnreadableError(path, error) from None
 
 
 def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ImageError(f"{path}: expected a readable file, got {error.strerror}") from None
+    with os.fdopen(open_named(path), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

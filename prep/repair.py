@@ -1,5 +1,6 @@
 """Bad shards built again from their sources: kept only if they are, to the byte, what the index records."""
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +20,17 @@ WORKSHOP = "repair.part"
 def workshop(folder: Path) -> Iterator[Path]:
     """A folder to build shards in, within that of the dataset, so that they can be renamed; gone afterwards.
 
-    What a repair that was killed left there is removed first: the caller sees to it that there is one at a time.
+    What a repair that was killed left there is removed first: the caller sees to it that there is one at a time. Only
+    this user can put anything into it.
+
+    Raises:
+        OSError: it cannot be made.
     """
     place = folder / WORKSHOP
+    with contextlib.suppress(OSError):  # a folder: removed next; or nothing
+        place.unlink()
     shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
+    place.mkdir(0o700)
     try:
         yield place
     finally:

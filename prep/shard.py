@@ -5,6 +5,7 @@ Which bytes it holds follows from the sources and the recipe alone: shards can b
 
 import errno
 import hashlib
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from typing import BinaryIO
 
 from loader import format as fmt
 from loader.format import HR, Shard, ShardsError, one_line
+from loader.safefile import open_own
 from loader.tiles import Pixels, split
 from prep.images import MAX_PIXELS, ImageError, ImageFile, decode, lr_fits
 from prep.imresize import Border, Rounding, imresize
@@ -207,7 +209,7 @@ def _checked(plan: ShardPlan, images: list[ImageRecord]) -> Shard:
         for run in [image.runs[scale]]
     )
     whole = hashlib.sha256()
-    with plan.part.open("rb") as file:
+    with os.fdopen(open_own(plan.part), "rb") as file:
         for offset, length, expected, name in runs:
             for block in _blocks(file, offset - file.tell()):
                 whole.update(block)
@@ -217,7 +219,7 @@ def _checked(plan: ShardPlan, images: list[ImageRecord]) -> Shard:
                 crc32 = zlib.crc32(block, crc32)
             if crc32 != expected:
                 raise OSError(errno.EIO, f"image {name!r} reads back otherwise than it was written", str(plan.part))
-        for block in _blocks(file, plan.part.stat().st_size - file.tell()):
+        for block in _blocks(file, os.fstat(file.fileno()).st_size - file.tell()):
             whole.update(block)
         return Shard(plan.file, file.tell(), whole.hexdigest())
 

@@ -10,7 +10,7 @@ import cv2
 import h5py
 import numpy as np
 
-from loader.format import HR, Index, LrOrigin, plane_name
+from loader.format import HR, Index, LrOrigin, one_line, plane_name
 from prep import __version__
 from prep.shard import Bad, Recipe, ShardPlan
 
@@ -24,6 +24,7 @@ NAMES = {
 }
 VERSIONS = {"made_by": "made by", "libraries": "made with"}
 NAMED = 5  # so many file names tell which sources differ
+SHOWN = 200  # characters of a name or value that are shown
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def differences(asked: Terms, found: Terms, *, versions: bool) -> list[str]:
     for plane in asked.sources.keys() & found.sources.keys():
         old, new = set(found.sources[plane]), set(asked.sources[plane])
         lines += [
-            f"{plane} sources: {len(names)} {what} ({', '.join(sorted(names)[:NAMED])}{', …' * (len(names) > NAMED)})"
+            f"{plane} sources: {len(names)} {what} "
+            f"({', '.join(map(_text, sorted(names)[:NAMED]))}{', …' * (len(names) > NAMED)})"
             for what, names in (("added", new - old), ("removed", old - new))
             if names
         ]
@@ -119,4 +121,6 @@ def _lr(origin: LrOrigin) -> str:
 
 
 def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    """A value in one short line: it may be of a file that a stranger wrote."""
+    text = ", ".join(map(str, value[:NAMED])) if isinstance(value, list) else str(value)
+    return one_line(text if len(text) <= SHOWN else text[:SHOWN] + "…")

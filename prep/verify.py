@@ -10,6 +10,7 @@ from loader.format import Index, ShardsError
 from prep.check import Finding, Tick, check_length, check_shard
 from prep.originals import Originals, compare_image
 from prep.repair import repair_shard, workshop
+from prep.starting import startable_threads
 from prep.structure import check_structure
 
 Item = TypeVar("Item")
@@ -106,7 +107,9 @@ def _side_by_side(
             done += 1
             report(done)
 
-    pool = ThreadPoolExecutor(workers)
+    if (threads := startable_threads(workers)) == 0:
+        return [result for item in items for result in work(item, tick)]
+    pool = ThreadPoolExecutor(threads)
     try:
         return [result for results in pool.map(lambda item: list(work(item, tick)), items) for result in results]
     finally:

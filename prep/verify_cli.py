@@ -3,13 +3,14 @@
 import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from loader.format import Index, ShardsError, one_line
+from prep.console import tell
+from prep.paths import GivenPath
 
 if TYPE_CHECKING:
     from prep.check import Finding
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=GivenPath())
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one per core]")
 @click.option("--quick", is_flag=True, help="Index, lengths and HDF5 structure only: no pixel is read.")
 @click.option(
-    "--source", "sources", type=click.Path(exists=True, path_type=Path), multiple=True,
+    "--source", "sources", type=GivenPath(exists=True), multiple=True,
     help="Compare with the images there; may repeat.",
 )  # fmt: skip
-@click.option("--lr", type=click.Path(exists=True, path_type=Path), help="The LR images, where they were given.")
+@click.option("--lr", type=GivenPath(exists=True), help="The LR images, where they were given.")
 @click.option("--repair", is_flag=True, help="Build bad shards again, from the images of --source.")
 def verify(
     folder: Path, workers: int | None, quick: bool, sources: tuple[Path, ...], lr: Path | None, repair: bool
@@ -73,14 +74,17 @@ def verify(
     findings = damage + different
     seconds = time.monotonic() - start
     size = sum(shard.bytes for shard in index.shards) / 1e6
-    if findings:
-        verdict = f"{len(findings)} findings in {len({finding.shard for finding in findings})} shards"
+    wrong = [finding for finding in findings if finding.compared]
+    if wrong:
+        verdict = f"{len(wrong)} findings in {len({finding.shard for finding in wrong})} shards"
     elif quick:
         verdict = "lengths and structure as recorded; pixels were not read"
     else:
         verdict = "all as recorded" + (" and as the sources have it" if sources else "")
         if sources and not originals.has_all(index):
             verdict += ", but for the LR, which was given: --lr compares it"
+    if left := len(findings) - len(wrong):
+        verdict = f"{verdict if wrong else 'nothing wrong found'}; {left} images could not be compared"
     if repaired:
         verdict = f"{repaired} shards repaired, {verdict}"
     click.echo(one_line(f"{folder}: {images} images in {count} shards, {size:.1f} MB, {seconds:.1f} s: {verdict}"))
@@ -97,7 +101,7 @@ def _repair(
 
     images = sum(int((index.shard == number).sum()) for number in numbers)
     try:
-        with locked(folder, partial(click.echo, err=True)), Progress(images, "image") as progress:
+        with locked(folder, tell), Progress(images, "image") as progress:
             return repair_shards(folder, index, originals, numbers, workers, progress)
     except OSError as error:
-        raise ShardsError(f"{folder}: could not be written: {error.strerror or error}") from None
+        raise ShardsError(f"{error.filename or folder}: could not be written: {error.strerror or error}") from None

@@ -18,6 +18,7 @@ from h5py import h5d, h5f, h5g, h5p, h5s, h5t
 from numpy.typing import NDArray
 
 from loader.format import CHANNELS, HR, PAGE, ShardsError, plane_group
+from loader.safefile import open_exclusive
 
 Pixels = NDArray[np.uint8]
 
@@ -49,7 +50,7 @@ class RawWriter:
     """Runs back to back, each starting on a page, with zeros between."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("xb")
+        self._file = os.fdopen(open_exclusive(path), "wb")
 
     def write(self, scale: int, name: str, height: int, width: int, tiles: Pixels) -> int:
         """See ShardWriter; a flat file needs neither names nor sizes."""
@@ -84,8 +85,12 @@ class HDF5Writer:
         access.set_alignment(smallest_run, PAGE)
         access.set_fclose_degree(h5f.CLOSE_STRONG)  # closing the file closes all that is in it
         access.set_file_locking(False, True)  # not every file system has locks, and nobody else writes here
+        # libhdf5 opens what is there before it refuses it: a pipe or a device would notice.
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         with _plain_errors(path):
             self._file = h5f.create(os.fsencode(path), h5f.ACC_EXCL, _untimed(h5p.FILE_CREATE), access)
+            self._descriptor = os.dup(self._file.get_vfd_handle())  # of this file, whatever becomes of its name
         try:
             with _plain_errors(path):
                 self._groups = {HR: self._group(plane_group(HR))}
@@ -143,17 +148,18 @@ class HDF5Writer:
             if kind is None:
                 with _plain_errors(self._path):
                     self._file.close()
-                with self._path.open("rb") as file:
-                    os.fsync(file.fileno())
+                    os.fsync(self._descriptor)
         finally:
-            if self._file:
-                self._abandon()
+            self._abandon()
 
     def _abandon(self) -> None:
-        # What libhdf5 could not write it tries again when it closes the file: give it room on a full disk.
+        """Close what is open still."""
         with contextlib.suppress(OSError, RuntimeError):
-            os.truncate(self._path, 0)
-            self._file.close()
+            if self._file:
+                # What libhdf5 could not write it tries again when it closes the file: give it room on a full disk.
+                os.ftruncate(self._descriptor, 0)
+                self._file.close()
+        os.close(self._descriptor)
 
 
 @contextlib.contextmanager
@@ -163,7 +169,7 @@ def _plain_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         number = re.search(r"errno = (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
+        code = int(number[1]) if number else getattr(error, "errno", None) or errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from None
 
 

@@ -20,18 +20,18 @@ NUMPY_ONLY = {
 RULES: list[tuple[str, set[str]]] = [
     ("prep.", {"prep", *(f"loader.{name}" for name in NUMPY_ONLY)}),
     ("loader.", {"loader"}),
-    ("model.evaluate", {"prep.console", "loader", "model", "prep.imresize", "prep.images"}),
+    ("model.evaluate", {"prep.console", "prep.paths", "loader", "model", "prep.imresize", "prep.images"}),
     (
         "model.upscale",
-        {"prep.console", "loader.format", "loader.safefile", "model", "prep.imresize", "prep.images"},
+        {"prep.console", "prep.paths", "loader.format", "loader.safefile", "model", "prep.imresize", "prep.images"},
     ),
     ("model.pairs", {"loader", "model.metrics", "prep.imresize", "prep.images"}),
     ("model.upscalers", {"loader.format", "model", "prep.imresize"}),
     ("model.pictures", {"loader.format", "prep.images"}),
     ("model.options", {"loader.format", "loader.safefile", "model.checkpoints", "model.shufflemixer", "model.tiled"}),
-    ("model.export", {"prep.console", "loader.format", "loader.safefile", "model"}),
+    ("model.export", {"prep.console", "prep.paths", "loader.format", "loader.safefile", "model"}),
     ("model.sheet", {"loader.safefile", "model.metrics"}),
-    ("model.curves", {"prep.console", "loader.format", "loader.safefile"}),
+    ("model.curves", {"prep.console", "prep.paths", "loader.format", "loader.safefile"}),
     ("model.tiled", {"model.shufflemixer", "model.parts"}),
     ("model.checkpoints", {"loader.format", "model.archive", "model.pickled", "model.shufflemixer"}),
     ("model.archive", {"loader.safefile", "model.pickled"}),
@@ -42,7 +42,7 @@ RULES: list[tuple[str, set[str]]] = [
     ("model.fused", {"loader.kernel", "model.plainly"}),
     ("model.training", {"loader", "model"}),
     ("model.", set()),
-    ("train", {"loader", "model", "prep.console"}),
+    ("train", {"loader", "model", "prep.console", "prep.paths"}),
 ]
 # Packages that stay out of whole parts of the house.
 BANNED = {

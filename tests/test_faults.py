@@ -72,21 +72,26 @@ class Storage:
     @contextlib.contextmanager
     def installed(self) -> Iterator["Storage"]:
         """In place of the real one."""
-        storage, open_path = self, Path.open
+        storage, open_file, open_descriptor = self, os.open, os.fdopen
 
         class File(io.FileIO):
             def write(self, data: object) -> int:
                 storage.call("write")
                 return super().write(memoryview(data)[: storage._short])  # type: ignore[arg-type]
 
-        def opened(self: Path, mode: str = "r", *args: object, **options: object) -> object:
+        def opened(path: object, flags: int, *args: object, **options: object) -> int:
+            if flags & os.O_CREAT:
+                storage.call("open")
+            return open_file(path, flags, *args, **options)  # type: ignore[arg-type]
+
+        def buffered(descriptor: int, mode: str = "r", *args: object, **options: object) -> object:
             if not set(mode) & set("wxa"):
-                return open_path(self, mode, *args, **options)  # type: ignore[call-overload]
-            storage.call("open")
-            return io.BufferedWriter(File(self, mode.replace("b", "")))
+                return open_descriptor(descriptor, mode, *args, **options)  # type: ignore[call-overload]
+            return io.BufferedWriter(File(descriptor, mode.replace("b", "")))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Path, "open", opened)
+            patch.setattr(os, "open", opened)
+            patch.setattr(os, "fdopen", buffered)
             for owner, name in (
                 (os, "fsync"),
                 (os, "pwrite"),
