@@ -6,10 +6,8 @@ that was stopped goes on from the shards in its journal, and ends as if there ha
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from loader import format as fmt
 from loader.format import Index, ShardsError, one_line
@@ -23,11 +21,10 @@ from prep.pool import build_shards
 from prep.shard import Bad, Recipe, ShardPlan, ShardRecord, Source
 from prep.space import Sizes, need_space
 from prep.terms import MADE_BY, Terms, differences, terms_of, terms_of_index
+from prep.threads import in_threads
 
 Report = Callable[[int], None]
 Note = Callable[[str], None]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def images_per_shard(count: int) -> int:
@@ -137,7 +134,7 @@ def check_dataset(plans: Sequence[ShardPlan], workers: int, skip_bad: bool, repo
         head = f"{folder}: expected the dataset that this command makes, got another (--overwrite replaces it):"
         raise ShardsError("\n  ".join([head, *lines]))
     damaged, done = [], 0
-    unharmed = _in_threads(lambda shard: holds(folder / shard.file, shard), index.shards, workers)
+    unharmed = in_threads(lambda shard: holds(folder / shard.file, shard), index.shards, workers)
     for i, whole in enumerate(unharmed):
         damaged += [] if whole else [f"{folder / index.shards[i].file}: other bytes than the index records"]
         done += int((index.shard == i).sum())
@@ -182,7 +179,7 @@ def _go_on(
             journal.keep(plan, record)
             records[plan.file] = record
 
-    for plan, record in zip(plans, _in_threads(journal.find, plans, workers), strict=True):
+    for plan, record in zip(plans, in_threads(journal.find, plans, workers), strict=True):
         if record and (skip_bad or not record.bad):
             records[plan.file] = record
             report(done())
@@ -232,7 +229,7 @@ def _affordable(plans: Sequence[ShardPlan], workers: int, note: Note) -> int:
     Raises:
         ShardsError: there is no room, or no memory for one worker.
     """
-    sizes = list(_in_threads(_sizes, plans, HEADER_THREADS))
+    sizes = list(in_threads(_sizes, plans, HEADER_THREADS))
     need_space(plans[0].folder, sizes, plans[0].recipe)
     largest = max((height * width for shard in sizes for height, width in shard), default=0)
     wanted = min(workers, len(plans))
@@ -270,16 +267,6 @@ def _sizes(plan: ShardPlan) -> Sizes:
         with contextlib.suppress(ImageError):
             sizes.append(read_size(source.image.path, plan.recipe.max_pixels))
     return sizes
-
-
-def _in_threads(function: Callable[[Item], Result], items: Sequence[Item], threads: int) -> Iterator[Result]:
-    """The results, in order, of a function that waits for storage. An error or interrupt leaves the rest."""
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for future in [pool.submit(function, item) for item in items]:
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _unwritable(folder: Path, error: OSError) -> str:
