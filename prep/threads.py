@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from prep.limits import affordable_threads
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -13,6 +15,9 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item], thread
 
     Where no thread can be started (`ulimit -u`, `ulimit -v`) this one does the work; an item may then be done twice.
     """
+    if (threads := affordable_threads(threads)) == 0:
+        yield from map(function, items)
+        return
     pool = ThreadPoolExecutor(threads)
     futures: list[Future[Result]] = []
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loader.format import Index, ShardsError, one_line
+from prep.paths import GivenPath
 
 if TYPE_CHECKING:
     from prep.check import Finding
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=GivenPath())
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one per core]")
 @click.option("--quick", is_flag=True, help="Index, lengths and HDF5 structure only: no pixel is read.")
 @click.option(
-    "--source", "sources", type=click.Path(exists=True, path_type=Path), multiple=True,
+    "--source", "sources", type=GivenPath(exists=True), multiple=True,
     help="Compare with the images there; may repeat.",
 )  # fmt: skip
-@click.option("--lr", type=click.Path(exists=True, path_type=Path), help="The LR images, where they were given.")
+@click.option("--lr", type=GivenPath(exists=True), help="The LR images, where they were given.")
 @click.option("--repair", is_flag=True, help="Build bad shards again, from the images of --source.")
 def verify(
     folder: Path, workers: int | None, quick: bool, sources: tuple[Path, ...], lr: Path | None, repair: bool
@@ -44,6 +45,7 @@ def verify(
     from loader.index import read_index_alone
     from prep.originals import Originals
     from prep.progress import Progress
+    from prep.skipped import left_out
     from prep.verify import check_shards, compare_images
 
     start = time.monotonic()
@@ -81,6 +83,7 @@ def verify(
         verdict = "all as recorded" + (" and as the sources have it" if sources else "")
         if sources and not originals.has_all(index):
             verdict += ", but for the LR, which was given: --lr compares it"
+    verdict += left_out(folder)
     if repaired:
         verdict = f"{repaired} shards repaired, {verdict}"
     click.echo(one_line(f"{folder}: {images} images in {count} shards, {size:.1f} MB, {seconds:.1f} s: {verdict}"))

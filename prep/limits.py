@@ -1,0 +1,27 @@
+"""What the shell's limits (`ulimit`) leave to this process."""
+
+import resource
+from pathlib import Path
+
+PER_THREAD = 160 << 20  # bytes of address space: a stack, and a heap of malloc's
+
+
+def address_space() -> int | None:
+    """Return the bytes of address space that this process may still map (`ulimit -v`); None if there is no limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    try:
+        pages = int(Path("/proc/self/statm").read_bytes().split()[0])
+    except OSError:
+        return None
+    return max(limit - pages * resource.getpagesize(), 0)
+
+
+def affordable_threads(threads: int) -> int:
+    """Return how many of so many threads there is address space for.
+
+    Beyond that, threads may not start, or die before they tell that they have started, and are waited for forever.
+    """
+    space = address_space()
+    return threads if space is None else min(threads, space // (2 * PER_THREAD))
