@@ -150,7 +150,7 @@ def check_dataset(plans: Sequence[ShardPlan], workers: int, skip_bad: bool, repo
         head = f"{folder}: expected unharmed shards, got these damaged (prep verify --repair, or --overwrite):"
         raise ShardsError("\n  ".join([head, *damaged]))
     if index.made_by != MADE_BY:
-        note(f"{folder}: made by {index.made_by}; this is {MADE_BY}")
+        note(one_line(f"{folder}: made by {index.made_by}; this is {MADE_BY}"))
     return Summary(index, sum(shard.bytes for shard in index.shards), skipped, checked=True)
 
 
@@ -162,7 +162,7 @@ def _need_same(plans: Sequence[ShardPlan], index: Index, skip_bad: bool) -> list
         return []
     if lines := differences(terms, terms_of_index(index, skipped, plans), versions=False):
         head = f"{folder}: expected the dataset that this command makes, got another (--overwrite replaces it):"
-        raise ShardsError("\n  ".join([head, *lines]))
+        raise ShardsError("\n  ".join([head, *map(one_line, lines)]))
     if not skip_bad:
         head = (
             f"{folder}: expected a dataset of all images, got one that lacks {len(skipped)}, left out before "
@@ -201,7 +201,7 @@ def _refuse_another(folder: Path, terms: Terms, overwrite: bool) -> None:
         found = read_terms(folder)
         lines = differences(terms, found, versions=True) if found else [f"{BUILD}: damaged"]
         head = f"{folder}: expected an unfinished build by this command, got another's (--overwrite starts anew):"
-        raise ShardsError("\n  ".join([head, *lines]))
+        raise ShardsError("\n  ".join([head, *map(one_line, lines)]))
     if shards := [path.name for path in folder.iterdir() if SHARD.fullmatch(path.name)]:
         got = f"{min(shards)} without {fmt.INDEX}"
         raise ShardsError(f"{folder}: expected a folder without shards, got {got} (--overwrite replaces what is there)")

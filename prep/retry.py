@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loader.format import Index, ShardsError
+from loader.format import Index, ShardsError, one_line
 from prep.journal import Journal
 from prep.shard import Bad, ImageRecord, Run, ShardPlan, ShardRecord, stamps
 from prep.terms import MADE_BY
@@ -26,10 +26,8 @@ def reopen(journal: Journal, plans: Sequence[ShardPlan], index: Index, skipped: 
         StorageError: the sources cannot be looked at.
     """
     if index.made_by != MADE_BY:
-        raise ShardsError(
-            f"{journal.folder}: expected a dataset made by {MADE_BY}, whose shards can be kept, got one by "
-            f"{index.made_by} (--overwrite builds it anew)"
-        )
+        expected, got = f"a dataset made by {MADE_BY}, whose shards can be kept", f"one by {index.made_by}"
+        raise ShardsError(one_line(f"{journal.folder}: expected {expected}, got {got} (--overwrite builds it anew)"))
     bad = {entry.image for entry in skipped}
     numbers = {shard.file: number for number, shard in enumerate(index.shards)}
     whole = [plan for plan in plans if plan.file in numbers and bad.isdisjoint(s.image.stem for s in plan.sources)]
