@@ -33,6 +33,10 @@ class Cli(UnixCommand, click.Group):
             return super().invoke(ctx)
         except ShardsError as error:
             raise click.ClickException(str(error)) from None
+        except ImportError as error:
+            if "map segment" not in str(error) and "allocate memory" not in str(error):
+                raise
+            raise click.ClickException(f"too little memory to start (ulimit -v?): {error}") from None
         except (MemoryError, RecursionError, OverflowError) as error:
             got = {MemoryError: "too little memory", RecursionError: "data nested too deeply"}.get(type(error))
             raise click.ClickException(": ".join(filter(None, [got or "a number too large", str(error)]))) from None

@@ -25,7 +25,6 @@ BITS = 258  # the TIFF tag
 BYTES_PER_PIXEL = 16
 BYTES_BESIDES = 64 << 20
 LARGE_TILE = 1 << 24  # pixels: a tile of a TIFF file may always have so many
-MAX_SCANS = 1000  # of a JPEG: each takes as long as decoding the image; progressive files have about ten
 
 _KINDS = (
     (b"\x89PNG\r\n\x1a\n", "PNG"), (b"\xff\xd8\xff", "JPEG"), (b"BM", "BMP"),

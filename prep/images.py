@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from loader.format import ShardsError
 from loader.safefile import open_named
 from prep.faults import ImageError, Place, StorageError, reading, shown
-from prep.header import MAX_SCANS, ORIENTATION, read_header
+from prep.header import ORIENTATION, read_header
+from prep.jpeg import MAX_SCANS, count_scans
 from prep.sources import SUFFIXES, ImageFile, Note, find_images, is_folder, listing, same
 from prep.threads import in_threads
 
@@ -127,8 +128,8 @@ def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Pixels:
         MemoryError: there is too little memory to tell.
     """
     header = read_header(io.BytesIO(data), len(data), where, max_pixels, whole=True)
-    if (scans := data.count(b"\xff\xda")) > MAX_SCANS and data[:2] == b"\xff\xd8":
-        raise ImageError(f"{where}: expected at most {MAX_SCANS} scans, got {scans}")
+    if data[:2] == b"\xff\xd8":
+        _check_scans(data, where)
     try:
         return np.ascontiguousarray(_upright(_rgb(data, header.height, header.width, where), header.turn))
     except cv2.error as error:
@@ -139,8 +140,17 @@ def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Pixels:
         ) from None
 
 
+def _check_scans(data: bytes, where: str) -> None:
+    try:
+        scans = count_scans(data)
+    except ValueError as error:
+        raise ImageError(f"{where}: expected a whole image, got a damaged one ({error})") from None
+    if scans > MAX_SCANS:
+        raise ImageError(f"{where}: expected at most {MAX_SCANS} scans, got {scans}")
+
+
 def _rgb(data: bytes, height: int, width: int, where: str) -> Pixels:
-    # Pillow reads headers of all kinds reliably, OpenCV keeps the depth of pixels and refuses cut files.
+    # Pillow reads headers of all kinds reliably, OpenCV keeps the depth of pixels and refuses most cut files.
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.shape[:2] != (height, width):
         np.empty(height * width * DECODING, np.uint8)  # a MemoryError where that was the reason

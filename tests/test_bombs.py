@@ -12,8 +12,9 @@ import pytest
 from conftest import photograph
 from PIL import Image
 
-from prep.header import BYTES_BESIDES, MAX_SCANS, kind_of
+from prep.header import BYTES_BESIDES, kind_of
 from prep.images import ImageError, decode, read_file, read_size
+from prep.jpeg import MAX_SCANS, count_scans
 
 RGB = photograph(23, 31)
 GB = 1 << 30
@@ -111,6 +112,19 @@ def test_a_jpeg_of_very_many_scans() -> None:
     scan = data[data.index(b"\xff\xda") : data.index(b"\xff\xda", data.index(b"\xff\xda") + 2)]
     with pytest.raises(ImageError, match=f"expected at most {MAX_SCANS} scans, got "):
         decode(data[:-2] + scan * MAX_SCANS + data[-2:], "x")
+
+
+def test_a_jpeg_ends_where_its_image_does() -> None:
+    """What follows, or stands in its metadata, is not looked at: previews, films; a cut file is told by itself."""
+    thumbnail = encoded("JPEG")
+    exif = Image.Exif()
+    exif[0x010E] = "x"
+    data = encoded("JPEG", exif=exif.tobytes() + thumbnail, progressive=True)
+    assert count_scans(data) == count_scans(data + b"\xff\xda" * 9) == count_scans(encoded("JPEG", progressive=True))
+    assert decode(data + b"\xff\xda more", "x").shape == (23, 31, 3)
+    for cut in range(0, len(data), 97):
+        with pytest.raises(ValueError, match="ends before"):
+            count_scans(data[:cut])
 
 
 def test_a_png_that_is_all_text() -> None:
