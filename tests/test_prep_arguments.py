@@ -41,7 +41,7 @@ def test_an_empty_path_is_not_the_working_directory(arguments: list[str]) -> Non
     write_image(Path("in/a.png"), photograph(64, 64))
     result = prep(*arguments)
     assert result.exit_code == 2, result.output
-    assert "expected a path, got an empty one" in result.output
+    assert "expected a path, got an empty" in result.output
     assert [path.name for path in Path().iterdir()] == ["in"]
 
 
