@@ -14,7 +14,7 @@ import click
 # Parallel work is by processes; a thread pool in each of them, too, would only get in the way. numpy starts it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from loader.format import BORDERS, CONTAINERS, RESIZES, SCALES, ShardsError
+from loader.format import BORDERS, CONTAINERS, RESIZES, SCALES, ShardsError, one_line
 from prep import __version__
 from prep.console import UnixCommand, tell
 from prep.paths import GivenPath
@@ -33,6 +33,10 @@ class Cli(UnixCommand, click.Group):
             return super().invoke(ctx)
         except ShardsError as error:
             raise click.ClickException(str(error)) from None
+        except OSError as error:
+            if error.filename is None:  # it is not about a file, but about a stream
+                raise
+            raise click.ClickException(one_line(f"{error.filename}: {error.strerror}")) from None
         except ImportError as error:
             if "map segment" not in str(error) and "allocate memory" not in str(error):
                 raise

@@ -26,7 +26,7 @@ Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 1 << 28  # by default: a quarter of a gigapixel
 HEADER_THREADS = 16  # headers are small reads: on network storage they take the time of a round trip each
-SMALL = 1 << 20  # bytes: a file of no more is read without a look at its header before
+SMALL = 16 << 20  # bytes: a file of no more is read without a look at its header before
 DECODING = 8  # bytes for each pixel: the least that decoding needs
 
 

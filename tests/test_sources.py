@@ -229,6 +229,28 @@ def test_a_mount_that_dies_ends_the_build_which_resumes(
     assert digests(out) == expected
 
 
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_source_that_goes_away_is_not_left_out(folder: Path, tmp_path: Path, empty: bool) -> None:
+    """What an unmounted folder gives: nothing there, or an empty folder. No image of it is bad."""
+    source, out, each = tmp_path / "in", tmp_path / "out", {"images_per_shard": 1, "skip_bad": True}
+    shutil.copytree(folder, source)
+
+    def unmount(done: int) -> None:
+        if done == 2:
+            source.rename(tmp_path / "away")
+            if empty:
+                source.mkdir()
+
+    with pytest.raises(ShardsError, match=r"(?s)/in is gone or another one.*\n2 of 5 shards are finished"):
+        build(source, out, **each, report=unmount)
+    assert not (out / "index.json").exists()
+    if empty:
+        source.rmdir()
+    (tmp_path / "away").rename(source)
+    build(source, out, **each)
+    assert digests(out) == digests(build(folder, tmp_path / "undisturbed", **each))
+
+
 def test_a_worker_that_meets_a_dying_storage(folder: Path, tmp_path: Path) -> None:
     """In the workers' processes: one clear line, and none of them is left."""
     code = (
