@@ -71,13 +71,16 @@ def read_header(file: IO[bytes], length: int, where: str, max_pixels: int, *, wh
         raise ImageError(f"{where}: expected PNG, JPEG, BMP, TIFF or WebP, got {got}")
     bounded = _Bounded(file, BYTES_BESIDES + (length if kind in ("PNG", "TIFF", "WEBP") else 0))
     try:
-        _check_extent(_declared(kind, head), length, where, max_pixels)
+        declared = _declared(kind, head)
+        _check_extent(declared, length, where, max_pixels)
         if kind == "TIFF":
-            _check_directory(file, length, where, max_pixels)
+            declared = _check_directory(file, length, where, max_pixels)
         behind = kind == "PNG" and metadata_behind_pixels(file, whole)
         file.seek(0)
         with _factory(kind)(io.BufferedReader(bounded), "") as image:
             width, height = image.size
+            if kind == "TIFF" and declared:  # not every Pillow heeds its orientation
+                height, width = declared
             _check_extent((height, width), length, where, max_pixels)
             _check_kind(image, where)
             header = Header(height, width, _orientation(image, behind))
@@ -128,13 +131,14 @@ def _declared(kind: str, head: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _check_directory(file: IO[bytes], length: int, where: str, max_pixels: int) -> None:
+def _check_directory(file: IO[bytes], length: int, where: str, max_pixels: int) -> tuple[int, int]:
     found = read_directory(file)
     if found.more:
         raise ImageError(f"{where}: expected one picture, got 2 or more (an animation or several pages)")
     _check_extent((found.height, found.width), length, where, max_pixels)
     if found.tile > max(max_pixels, LARGE_TILE):
         raise ImageError(f"{where}: expected tiles of at most {max_pixels} pixels, got one of {found.tile}")
+    return found.height, found.width
 
 
 def _check_extent(size: tuple[int, int] | None, length: int, where: str, max_pixels: int) -> None:

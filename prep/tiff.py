@@ -7,14 +7,16 @@ all that matters here.
 from dataclasses import dataclass
 from typing import IO, Literal
 
-WIDTH, HEIGHT, TILE_WIDTH, TILE_HEIGHT = 256, 257, 322, 323
+WIDTH, HEIGHT, ORIENTATION, TILE_WIDTH, TILE_HEIGHT = 256, 257, 274, 322, 323
 MAX_TAGS = 4096
 _BYTES = {3: 2, 4: 4, 16: 8}  # of SHORT, LONG and LONG8, by the number of the type
 
 
 @dataclass(frozen=True)
 class Directory:
-    """Height and width of the first page, the pixels of one of its tiles (0: it has none), whether pages follow."""
+    """Height and width of the first page as it is meant to be seen (decoders turn it), the pixels of one of its
+    tiles (0: it has none), whether pages follow.
+    """
 
     height: int
     width: int
@@ -46,4 +48,7 @@ def read_directory(file: IO[bytes]) -> Directory:
         tags.setdefault(tag, int.from_bytes(value, order))
     if len(data) < count * entry or not (tags.get(WIDTH) and tags.get(HEIGHT)):
         raise ValueError("its first directory is cut, or tells no size")
-    return Directory(tags[HEIGHT], tags[WIDTH], tags.get(TILE_WIDTH, 0) * tags.get(TILE_HEIGHT, 0), any(following))
+    height, width = tags[HEIGHT], tags[WIDTH]
+    if 5 <= tags.get(ORIENTATION, 1) <= 8:
+        height, width = width, height
+    return Directory(height, width, tags.get(TILE_WIDTH, 0) * tags.get(TILE_HEIGHT, 0), any(following))
