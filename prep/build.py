@@ -6,31 +6,30 @@ that was stopped goes on from the shards in its journal, and ends as if there ha
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from loader import format as fmt
 from loader.format import Index, ShardsError, one_line
 from loader.index import read_index
+from prep.affordable import affordable_workers
 from prep.assemble import commit
-from prep.images import HEADER_THREADS, ImageError, ImageFile, check_sizes, pair_lr, read_size
+from prep.faults import shown
+from prep.images import ImageFile, check_sizes, pair_lr
 from prep.indexing import make_index
-from prep.journal import Journal, clean, discard, holds, leftovers, read_skipped, read_terms
+from prep.journal import Journal, clean, discard, holds, leftovers, read_terms
 from prep.lock import LOCK, locked
-from prep.memory import fitting_workers
-from prep.pool import build_shards
+from prep.pool import SHORT, build_shards
+from prep.retry import reopen
 from prep.shard import Bad, Recipe, ShardPlan, ShardRecord, Source
-from prep.space import Sizes, need_space
+from prep.skipped import read_skipped
 from prep.staging import BUILD, SHARD, exists
 from prep.terms import MADE_BY, Terms, differences, terms_of, terms_of_index
+from prep.threads import in_threads
 from prep.trust import others_who_can_write
 
 Report = Callable[[int], None]
 Note = Callable[[str], None]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def images_per_shard(count: int) -> int:
@@ -38,7 +37,9 @@ def images_per_shard(count: int) -> int:
     return min(max(-(-count // 16), 8), 64)
 
 
-def plan_shards(images: Sequence[ImageFile], recipe: Recipe, folder: Path, lr: Path | None = None) -> list[ShardPlan]:
+def plan_shards(
+    images: Sequence[ImageFile], recipe: Recipe, folder: Path, lr: Path | None = None, note: Note = lambda text: None
+) -> list[ShardPlan]:
     """Lay out a dataset: images in order, so many to a shard.
 
     Args:
@@ -46,11 +47,12 @@ def plan_shards(images: Sequence[ImageFile], recipe: Recipe, folder: Path, lr: P
         recipe: how they are to be stored.
         folder: the dataset's folder to be.
         lr: a folder of LR images to pack in place of making them.
+        note: is told of LR images that are reached through links.
 
     Raises:
         ShardsError: listing each LR image that is missing, left over, or of a size that does not fit.
     """
-    given = {scale: pair_lr(images, lr, scale) for scale in recipe.scales} if lr else {}
+    given = {scale: pair_lr(images, lr, scale, note) for scale in recipe.scales} if lr else {}
     for scale, files in given.items():
         check_sizes(images, files, scale)
     sources = [Source(image, {scale: files[i] for scale, files in given.items()}) for i, image in enumerate(images)]
@@ -82,6 +84,7 @@ def build_dataset(
     overwrite: bool,
     report: Report,
     note: Note = lambda text: None,
+    retry: bool = False,
 ) -> Summary:
     """Build the shards of a plan and make a dataset of them, or go on with that; check it if it is there already.
 
@@ -92,26 +95,30 @@ def build_dataset(
         overwrite: replace whatever dataset the folder holds, once the new one is complete; and other beginnings.
         report: is told now and then how many images are done.
         note: is told, in words, what a user may want to know on the way.
+        retry: try images again that were left out before; those that are still bad are left out again.
 
     Raises:
+        StorageError: the storage of the sources fails: no image is left out for that.
         ShardsError: the folder holds something else, or another build is at work there; images cannot be used; space or
             memory is short; the folder cannot be written. An earlier dataset is as it was, finished shards are kept
             for the next build of the plan; if there are none, nothing is left behind.
     """
     folder, terms = plans[0].folder, terms_of(plans)
-    journal = Journal(folder, terms)
+    journal, skip_bad = Journal(folder, terms), skip_bad or retry
 
     def stands() -> bool:
         return not overwrite and (folder / fmt.INDEX).exists()
 
     try:
-        if stands() and not leftovers(folder) and not (folder / LOCK).exists():
+        if stands() and not retry and not leftovers(folder) and not (folder / LOCK).exists():
             return check_dataset(plans, workers, skip_bad, report, note)  # needs no right to write
         with _made(folder), locked(folder, note):
             if who := others_who_can_write(folder):
                 note(f"{folder}: can be written by {who}, too: what is found there may be theirs (see SECURITY.md)")
             if read_terms(folder, terms) != terms:
                 if stands():
+                    if retry and (before := read_skipped(folder)):
+                        return _try_again(journal, plans, before, workers, report, note)
                     if exists(folder / BUILD):
                         note(f"{folder}: beside the dataset there is an unfinished build of another")
                     else:
@@ -119,7 +126,7 @@ def build_dataset(
                     return check_dataset(plans, workers, skip_bad, report, note)
                 _refuse_another(folder, terms, overwrite)
                 discard(folder)
-            return _go_on(journal, plans, workers, skip_bad, report, note)
+            return _go_on(journal, plans, workers, skip_bad, report, note, retry)
     except OSError as error:
         raise ShardsError(_unwritable(folder, error)) from None
 
@@ -132,14 +139,11 @@ def check_dataset(plans: Sequence[ShardPlan], workers: int, skip_bad: bool, repo
     Raises:
         ShardsError: it is not; listing in what it differs, or which shards are damaged.
     """
-    folder, terms = plans[0].folder, terms_of(plans)
+    folder = plans[0].folder
     index = read_index(folder)
-    skipped = read_skipped(folder) if skip_bad else []
-    if lines := differences(terms, terms_of_index(index, skipped, plans), versions=False):
-        head = f"{folder}: expected the dataset that this command makes, got another (--overwrite replaces it):"
-        raise ShardsError("\n  ".join([head, *lines]))
+    skipped = _need_same(plans, index, skip_bad)
     damaged, done = [], 0
-    unharmed = _in_threads(lambda shard: holds(folder / shard.file, shard), index.shards, workers)
+    unharmed = in_threads(lambda shard: holds(folder / shard.file, shard), index.shards, workers)
     for i, whole in enumerate(unharmed):
         damaged += [] if whole else [f"{folder / index.shards[i].file}: other bytes than the index records"]
         done += int((index.shard == i).sum())
@@ -152,6 +156,45 @@ def check_dataset(plans: Sequence[ShardPlan], workers: int, skip_bad: bool, repo
     return Summary(index, sum(shard.bytes for shard in index.shards), skipped, checked=True)
 
 
+def _need_same(plans: Sequence[ShardPlan], index: Index, skip_bad: bool) -> list[Bad]:
+    """Hold that a dataset is what a plan makes; return the images that were left out of it."""
+    folder, terms = plans[0].folder, terms_of(plans)
+    skipped = read_skipped(folder)
+    if not skip_bad and not differences(terms, terms_of_index(index, [], plans), versions=False):
+        return []
+    if lines := differences(terms, terms_of_index(index, skipped, plans), versions=False):
+        head = f"{folder}: expected the dataset that this command makes, got another (--overwrite replaces it):"
+        raise ShardsError("\n  ".join([head, *map(one_line, lines)]))
+    if not skip_bad:
+        head = (
+            f"{folder}: expected a dataset of all images, got one that lacks {len(skipped)}, left out before "
+            "(--retry-skipped tries them again, --on-error skip accepts that, --overwrite builds all anew):"
+        )
+        raise ShardsError("\n  ".join([head, *describe_bad(plans, skipped)]))
+    return skipped
+
+
+def _try_again(
+    journal: Journal, plans: Sequence[ShardPlan], before: Sequence[Bad], workers: int, report: Report, note: Note
+) -> Summary:
+    """Build those shards of a complete dataset again from which images were left out."""
+    folder = journal.folder
+    if (folder / BUILD).exists():
+        raise ShardsError(f"{folder}: expected a complete dataset alone, got an unfinished build of another beside it")
+    index = read_index(folder)
+    _need_same(plans, index, skip_bad=True)
+    clean(folder)
+    reopen(journal, plans, index, before)
+    summary = _go_on(journal, plans, workers, True, report, note)
+    taken = len({bad.image for bad in before} - {bad.image for bad in summary.bad})
+    note(
+        f"{folder}: {taken} of {len(before)} images that were left out before could be used now"
+        if taken
+        else f"{folder}: the {len(before)} images that were left out before are still bad: nothing has changed"
+    )
+    return summary
+
+
 def _refuse_another(folder: Path, terms: Terms, overwrite: bool) -> None:
     """Hold that no work of others is in the way of a new build."""
     if overwrite:
@@ -160,16 +203,22 @@ def _refuse_another(folder: Path, terms: Terms, overwrite: bool) -> None:
         found = read_terms(folder, terms)
         lines = differences(terms, found, versions=True) if found else [f"{BUILD}: damaged, or of far more images"]
         head = f"{folder}: expected an unfinished build by this command, got another's (--overwrite starts anew):"
-        raise ShardsError("\n  ".join([head, *lines]))
+        raise ShardsError("\n  ".join([head, *map(one_line, lines)]))
     if shards := [path.name for path in folder.iterdir() if SHARD.fullmatch(path.name)]:
         got = f"{min(shards)} without {fmt.INDEX}"
         raise ShardsError(f"{folder}: expected a folder without shards, got {got} (--overwrite replaces what is there)")
 
 
 def _go_on(
-    journal: Journal, plans: Sequence[ShardPlan], workers: int, skip_bad: bool, report: Report, note: Note
+    journal: Journal,
+    plans: Sequence[ShardPlan],
+    workers: int,
+    skip_bad: bool,
+    report: Report,
+    note: Note,
+    retry: bool = False,
 ) -> Summary:
-    """Build what the journal does not know yet, and make a dataset of it all."""
+    """Build what the journal does not know yet, and make a dataset of it all; with `retry`, what it knows bad, too."""
     folder, recipe = journal.folder, plans[0].recipe
     records: dict[str, ShardRecord] = {}  # by the shard's file
     bad: list[Bad] = []
@@ -184,8 +233,8 @@ def _go_on(
             journal.keep(plan, record)
             records[plan.file] = record
 
-    for plan, record in zip(plans, _in_threads(journal.find, plans, workers), strict=True):
-        if record and (skip_bad or not record.bad):
+    for plan, record in zip(plans, in_threads(journal.find, plans, workers), strict=True):
+        if record and (not record.bad or (skip_bad and not retry)):
             records[plan.file] = record
             report(done())
     with _resumable(folder, records, len(plans), note):
@@ -195,9 +244,9 @@ def _go_on(
         if records:
             note(f"{folder}: {len(records)} of {len(plans)} shards were finished before, and are unharmed")
         if rest:
-            workers = _affordable(rest, workers, note)
+            workers = affordable_workers(rest, workers, note)
             before = done()
-            build_shards(rest, workers, skip_bad, lambda more: report(before + more), finished)
+            build_shards(rest, workers, skip_bad, lambda more: report(before + more), finished, note)
         if bad:
             head = "expected usable images, got these (--on-error skip goes on):"
             raise ShardsError("\n  ".join([head, *describe_bad(plans, sorted(bad, key=lambda entry: entry.image))]))
@@ -221,33 +270,20 @@ def _resumable(folder: Path, records: Mapping[str, ShardRecord], count: int, not
         with contextlib.suppress(OSError):
             clean(folder, records)
         state = f"{len(records)} of {count} shards are finished; the same command goes on from there"
-        if isinstance(error, OSError | ShardsError):
-            text = _unwritable(folder, error) if isinstance(error, OSError) else str(error)
+        if isinstance(error, OSError | ShardsError | MemoryError):
+            text = _unwritable(folder, error) if isinstance(error, OSError) else str(error) or SHORT
             raise ShardsError(f"{text}\n{state}") from None
         note(state)
         raise
 
 
-def _affordable(plans: Sequence[ShardPlan], workers: int, note: Note) -> int:
-    """How many workers there is memory for, once it is known that there is room for the shards.
-
-    Raises:
-        ShardsError: there is no room, or no memory for one worker.
-    """
-    sizes = list(_in_threads(_sizes, plans, HEADER_THREADS))
-    need_space(plans[0].folder, sizes, plans[0].recipe)
-    largest = max((height * width for shard in sizes for height, width in shard), default=0)
-    wanted = min(workers, len(plans))
-    fitting = fitting_workers(wanted, largest, plans[0].recipe)
-    if fitting < wanted:
-        note(f"memory for {fitting} of {wanted} workers: the largest image has {largest / 1e6:.1f} megapixels")
-    return fitting
-
-
 def describe_bad(plans: Sequence[ShardPlan], bad: Sequence[Bad]) -> list[str]:
     """A line for each image that could not be used, with the path of the file."""
     paths = {
-        (source.image.stem, file.name): file.path for plan in plans for source in plan.sources for file in source.files
+        (source.image.stem, file.name): shown(file.path)
+        for plan in plans
+        for source in plan.sources
+        for file in source.files
     }
     return [one_line(f"{paths.get((entry.image, entry.source), entry.source)}: {entry.reason}") for entry in bad]
 
@@ -263,25 +299,6 @@ def _made(folder: Path) -> Iterator[None]:
         if new:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-
-
-def _sizes(plan: ShardPlan) -> Sizes:
-    """The sizes of a shard's images; not of those whose headers cannot be read: they will not be stored."""
-    sizes = []
-    for source in plan.sources:
-        with contextlib.suppress(ImageError):
-            sizes.append(read_size(source.image.path, plan.recipe.max_pixels))
-    return sizes
-
-
-def _in_threads(function: Callable[[Item], Result], items: Sequence[Item], threads: int) -> Iterator[Result]:
-    """The results, in order, of a function that waits for storage. An error or interrupt leaves the rest."""
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for future in [pool.submit(function, item) for item in items]:
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _unwritable(folder: Path, error: OSError) -> str:

@@ -5,16 +5,18 @@ import os
 import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
 
+# Parallel work is by processes; a thread pool in each of them, too, would only get in the way. numpy starts it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from loader.format import BORDERS, CONTAINERS, RESIZES, SCALES, ShardsError, one_line
 from prep import __version__
-from prep.console import UnixCommand
+from prep.console import UnixCommand, tell
 from prep.paths import GivenPath
 from prep.verify_cli import verify
 
@@ -30,32 +32,38 @@ class Cli(UnixCommand, click.Group):
         try:
             return super().invoke(ctx)
         except ShardsError as error:
-            # It may tell names that a stranger chose.
-            raise click.ClickException("\n".join(map(one_line, str(error).split("\n")))) from None
+            raise click.ClickException(str(error)) from None
+        except OSError as error:
+            if error.filename is None:  # it is not about a file, but about a stream
+                raise
+            raise click.ClickException(one_line(f"{error.filename}: {error.strerror}")) from None
+        except ImportError as error:
+            if "map segment" not in str(error) and "allocate memory" not in str(error):
+                raise
+            raise click.ClickException(f"too little memory to start (ulimit -v?): {error}") from None
+        except (MemoryError, RecursionError, OverflowError) as error:
+            got = {MemoryError: "too little memory", RecursionError: "data nested too deeply"}.get(type(error))
+            raise click.ClickException(": ".join(filter(None, [got or "a number too large", str(error)]))) from None
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="srshards")
 def main() -> None:
     """Turn folders of images into shards for super-resolution training."""
-    # Parallel work is by processes; a thread pool in each of them, too, would only get in the way.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # OpenCV's own limit, which it reads once, gives way to --max-pixels.
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 40))
 
 
 @main.command("build-shards")
-@click.argument("sources", metavar="[SOURCE]...", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("sources", metavar="[SOURCE]...", nargs=-1, type=GivenPath())
 @click.option(
     "--scale", "scales", type=click.IntRange(min=1), multiple=True, required=True, help="Of 2, 3, 4, 8; may repeat."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the dataset.  [default: shards/<folder name>]")
+@click.option("--out", type=GivenPath(), help="Folder of the dataset.  [default: shards/<folder name>]")
 @click.option("--format", "container", type=click.Choice(list(CONTAINERS)), default="hdf5", help="Kind of shards.")
 @click.option("--tile", type=int, default=64, help="Side of HR tiles in pixels, a multiple of 16.")
 @click.option("--images-per-shard", type=int, help="[default: a sixteenth of the images, but 8 to 64]")
-@click.option(
-    "--lr", type=click.Path(path_type=Path), help="Pack LR images given as DIR/X4/NAMEx4.png or DIR/NAMEx4.png."
-)
+@click.option("--lr", type=GivenPath(), help="Pack LR images given as DIR/X4/NAMEx4.png or DIR/NAMEx4.png.")
 @click.option(
     "--resize", type=click.Choice(RESIZES), default=RESIZES[0], help="MATLAB's imresize of uint8, or of im2double."
 )
@@ -63,6 +71,9 @@ def main() -> None:
 @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
 @click.option("--max-pixels", type=click.IntRange(min=1), default=1 << 28, help="An image of more is bad.")
 @click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", help="What to do about a bad image.")
+@click.option(
+    "--retry-skipped", is_flag=True, help="Try images again that were left out before; leave out those still bad."
+)
 @click.option("--overwrite", is_flag=True, help="Replace what is in the folder, once the new dataset is complete.")
 @click.option("--sample", is_flag=True, help="Take the photographs that scikit-image carries.")
 def build_shards(
@@ -78,6 +89,7 @@ def build_shards(
     workers: int | None,
     max_pixels: int,
     on_error: str,
+    retry_skipped: bool,
     overwrite: bool,
     sample: bool,
 ) -> None:
@@ -101,8 +113,8 @@ def build_shards(
 
     start = time.monotonic()
     paths = _sources(sources, sample)
-    images = find_images(paths)
-    folder = out or Path("shards", "sample" if sample else paths[0].resolve().stem)
+    images = find_images(paths, tell)
+    folder = Path("shards", "sample" if sample else _default_name(paths[0])) if out is None else out
     recipe = Recipe(
         tuple(sorted(set(scales))),
         container,
@@ -113,16 +125,17 @@ def build_shards(
         lr is not None,
         max_pixels,
     )
-    plans = plan_shards(images, recipe, folder, lr)
+    plans = plan_shards(images, recipe, folder, lr, tell)
     signal.signal(signal.SIGTERM, _interrupt)
     with Progress(len(images), "image") as progress:
         summary = build_dataset(
             plans,
-            workers or _cores(),
+            _cores() if workers is None else workers,
             skip_bad=on_error == "skip",
             overwrite=overwrite,
             report=progress,
-            note=partial(click.echo, err=True),
+            note=tell,
+            retry=retry_skipped,
         )
     seconds = time.monotonic() - start
     count = len(summary.index.name)
@@ -133,12 +146,13 @@ def build_shards(
     )
     if summary.bad:
         lines = describe_bad(plans, summary.bad)
-        click.echo("\n  ".join([f"left out {len(lines)}, also listed in skipped.json:", *lines]), err=True)
+        head = f"left out {len(lines)}, also listed in skipped.json (--retry-skipped tries them again):"
+        tell("\n  ".join([head, *lines]))
         sys.exit(WITH_SKIPS)
 
 
 @main.command()
-@click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@click.argument("folder", metavar="[DIR]", required=False, type=GivenPath())
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--system", is_flag=True, help="Tell of this machine, and which kernels are in use, instead.")
 def info(folder: Path | None, as_json: bool, system: bool) -> None:
@@ -147,8 +161,8 @@ def info(folder: Path | None, as_json: bool, system: bool) -> None:
         raise click.UsageError("expected either DIR or --system")
     from prep.info import dataset_lines, describe_dataset, describe_system, system_lines
 
-    facts = describe_dataset(folder) if folder else describe_system()
-    lines = [json.dumps(facts, indent=1)] if as_json else (dataset_lines if folder else system_lines)(facts)
+    facts = describe_system() if folder is None else describe_dataset(folder)
+    lines = [json.dumps(facts, indent=1)] if as_json else (system_lines if folder is None else dataset_lines)(facts)
     click.echo("\n".join(lines))
 
 
@@ -198,6 +212,14 @@ def _sources(sources: tuple[Path, ...], sample: bool) -> list[Path]:
         f"{DEFAULT_SOURCE}: expected the DIV2K training images there, since no SOURCE was named, got nothing; "
         "name a folder of images, or try --sample, which takes the photographs of scikit-image"
     )
+
+
+def _default_name(source: Path) -> str:
+    """The whole name of a folder (`data.v1` is not `data.v2`), or the stem of an image file."""
+    real = source.resolve()
+    if not (name := real.name if real.is_dir() else real.stem):
+        raise click.UsageError(f"--out is required with {source}, which has no name")
+    return name
 
 
 def _cores() -> int:

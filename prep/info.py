@@ -10,8 +10,11 @@ from loader.format import one_line, plane_name
 from loader.index import read_index
 from loader.kernel import SWITCH, compiled
 from prep import __version__
+from prep.skipped import read_skipped
+from prep.staging import SKIPPED
 
 KERNELS = {"downscaling": "prep._imresize", "gather": "loader._gather", "network": "model._mixing"}
+NAMED = 20  # so many images that were left out are told by name
 PACKAGES = ("numpy", "h5py", "opencv-python-headless", "pillow", "torch", "click", "tqdm")
 
 
@@ -19,7 +22,7 @@ def describe_dataset(folder: Path) -> dict[str, Any]:
     """The facts of a dataset, ready for JSON.
 
     Raises:
-        FormatError: the folder holds no whole dataset.
+        FormatError: the folder holds no whole dataset, or its list of images that were left out is damaged.
     """
     index = read_index(folder)
     pixels = {plane_name(scale): int((h * w).sum()) for scale in index.planes for h, w in [index.sizes(scale)]}
@@ -40,6 +43,7 @@ def describe_dataset(folder: Path) -> dict[str, Any]:
         },
         "first": index.name[0],
         "last": index.name[-1],
+        "left_out": [vars(bad) for bad in read_skipped(folder)],
         "sha256": index.sha256,
     }
 
@@ -62,6 +66,10 @@ def dataset_lines(facts: dict[str, Any]) -> list[str]:
         f"{'made by':<10}{facts['made_by']}",
         f"{'index':<10}sha256 {facts['sha256']}",
     ]
+    if left_out := facts["left_out"]:
+        lines.append(f"{'left out':<10}{len(left_out)} images (build-shards --retry-skipped tries them again):")
+        lines += [f"  {bad['source']}: {bad['reason']}" for bad in left_out[:NAMED]]
+        lines += [f"  … and {len(left_out) - NAMED} more, see {SKIPPED}"] * (len(left_out) > NAMED)
     return [one_line(line) for line in lines]
 
 

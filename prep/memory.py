@@ -1,38 +1,59 @@
 """How many processes may each hold an image at once, so that the kernel never has to kill one for its memory."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from loader.format import ShardsError
+from prep.limits import PER_THREAD, address_space
 from prep.shard import Recipe
 
 PROCESS = 160 << 20  # bytes: a worker before its first image
-# Bytes for each pixel of the image in work, at their peak: the file, pixels as decoded and as RGB, tiles, LR.
+# Bytes for each pixel of the image in work, at their peak: pixels as decoded and as RGB, tiles, LR; its file besides.
 PER_PIXEL = {"matlab-uint8": 20, "matlab-double": 72}
 SLACK = 1 << 60  # cgroups without a limit show none, or one larger than any machine
 
 
-def fitting_workers(workers: int, pixels: int, recipe: Recipe, root: Path = Path("/")) -> int:
-    """As many workers as asked for, or fewer: those whose memory, with images of so many pixels, is there.
+class Load(NamedTuple):
+    """What one image is for memory: its pixels, and the bytes of its largest file."""
+
+    pixels: int
+    file: int
+
+
+def load_memory(load: Load, recipe: Recipe) -> int:
+    """Return the bytes that an image in work takes at its peak."""
+    return load.pixels * PER_PIXEL["matlab-uint8" if recipe.given_lr else recipe.resize] + load.file
+
+
+def fitting_workers(workers: int, largest: Load, recipe: Recipe, root: Path = Path("/")) -> int:
+    """Return as many workers as asked for, or fewer: those whose memory, with images of that load, is there.
 
     Args:
         workers: wanted.
-        pixels: of the largest image.
+        largest: the image that takes most.
         recipe: says how LR is made.
         root: where /proc and /sys are.
 
     Raises:
         ShardsError: not even one fits.
     """
-    each = PROCESS + pixels * PER_PIXEL["matlab-uint8" if recipe.given_lr else recipe.resize]
+    image = load_memory(largest, recipe)
+    each = PROCESS + image
+    file = f" in a file of {largest.file / 1e6:,.0f} MB" * (largest.file > largest.pixels * PER_PIXEL["matlab-uint8"])
+    what = f"the largest image, of {largest.pixels / 1e6:,.1f} megapixels{file}"
+    space = address_space()
+    if space is not None and image + PER_THREAD > space:
+        needed = (image + PER_THREAD) / 1e6
+        raise ShardsError(
+            f"expected {needed:,.0f} MB of address space for {what}, got {space / 1e6:,.0f} MB left (ulimit -v)"
+        )
     free = available(root)
     if free is None or workers * each <= free:
         return workers
     if each > free:
-        raise ShardsError(
-            f"expected {each / 1e6:,.0f} MB of memory for the largest image, of {pixels / 1e6:,.1f} megapixels, "
-            f"got {free / 1e6:,.0f} MB"
-        )
+        raise ShardsError(f"expected {each / 1e6:,.0f} MB of memory for {what}, got {free / 1e6:,.0f} MB")
     return free // each
 
 
@@ -74,6 +95,6 @@ def _cgroups(root: Path) -> Iterator[int]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        return os.fsdecode(path.read_bytes()).splitlines()
     except OSError:
         return []

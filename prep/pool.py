@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -16,11 +17,18 @@ from prep.lock import share_lock
 from prep.shard import ShardPlan, ShardRecord, build_shard
 
 Finished = Callable[[ShardPlan, ShardRecord], None]
+REMEDY = "fewer --workers need less (ulimit -a shows the limits)"
+SHORT = "memory is short: try fewer --workers"
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 def build_shards(
-    plans: Sequence[ShardPlan], workers: int, skip_bad: bool, report: Callable[[int], None], finished: Finished
+    plans: Sequence[ShardPlan],
+    workers: int,
+    skip_bad: bool,
+    report: Callable[[int], None],
+    finished: Finished,
+    note: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Build all shards, in a folder that is locked.
 
@@ -34,13 +42,16 @@ def build_shards(
         report: is told how many images are done.
         finished: is given each plan and what became of it, here, in the order in which they end; of those that were
             stopped, too.
+        note: is told if fewer processes could be started.
 
     Raises:
         OSError: a shard cannot be written.
-        ShardsError: a process was killed.
+        StorageError: the storage of the sources fails.
+        ShardsError: a process was killed, or none could be started.
+        MemoryError: memory is short.
     """
     if min(workers, len(plans)) > 1:
-        with _started(min(workers, len(plans)), plans[0].folder, skip_bad) as processes:
+        with _started(min(workers, len(plans)), plans[0].folder, skip_bad, note) as processes:
             _feed(processes, plans, skip_bad, report, finished)
         return
     done, going = 0, True
@@ -57,21 +68,28 @@ def build_shards(
 
 
 @contextlib.contextmanager
-def _started(count: int, folder: Path, skip_bad: bool) -> Iterator[dict[Connection, BaseProcess]]:
+def _started(
+    count: int, folder: Path, skip_bad: bool, note: Callable[[str], None]
+) -> Iterator[dict[Connection, BaseProcess]]:
     """Worker processes by the pipe to each; none is left afterwards."""
     context = multiprocessing.get_context("spawn")  # forking a process with threads (OpenCV's, say) can hang it
     processes: dict[Connection, BaseProcess] = {}
     # Interrupts are for the parent: workers inherit that they are held back, from their first moment on. (What starts
     # with the first process lets them through again: it is started before.)
-    resource_tracker.ensure_running()
+    with _plain_limits(count, 0):
+        resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     try:
-        for _ in range(count):
-            here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there, folder, skip_bad), daemon=True)
-            process.start()
-            there.close()
-            processes[here] = process
+        for number in range(count):
+            try:
+                with _plain_limits(count, number):
+                    pipe, process = _start(context, folder, skip_bad)
+            except ShardsError as error:
+                if not processes:
+                    raise
+                note(str(error))
+                break
+            processes[pipe] = process
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield processes
     finally:
@@ -81,6 +99,29 @@ def _started(count: int, folder: Path, skip_bad: bool) -> Iterator[dict[Connecti
             worker.join()
             pipe.close()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start(context: SpawnContext, folder: Path, skip_bad: bool) -> tuple[Connection, BaseProcess]:
+    here, there = context.Pipe()
+    try:
+        process = context.Process(target=_work, args=(there, folder, skip_bad), daemon=True)
+        process.start()
+    except BaseException:
+        here.close()
+        raise
+    finally:
+        there.close()
+    return here, process
+
+
+@contextlib.contextmanager
+def _plain_limits(count: int, started: int) -> Iterator[None]:
+    """What the system refuses when a process is started says nothing about the dataset's folder."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or "too little memory"
+        raise ShardsError(f"expected {count} worker processes, got {started}: {reason}; {REMEDY}") from None
 
 
 def _feed(
@@ -115,7 +156,7 @@ def _feed(
 
 def _tell(pipe: Connection, plan: ShardPlan | None) -> None:
     """Have a worker build a shard; or stop after the image in work."""
-    with contextlib.suppress(BrokenPipeError):  # it was killed: heard of next
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it was killed: heard of next
         pipe.send(plan)
 
 
@@ -138,9 +179,15 @@ def _hear(pipe: Connection, process: BaseProcess, plan: ShardPlan) -> ShardRecor
 
 def _work(pipe: Connection, folder: Path, skip_bad: bool) -> None:
     """Build what the pipe asks for, until it closes."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         share_lock(folder)  # from here on no other build begins before this process has ended
+    except RuntimeError as error:
+        with contextlib.suppress(OSError):
+            pipe.send(
+                ShardsError(f"{error} in a worker process; fewer --workers need less (ulimit -a shows the limits)")
+            )
+        return
     except OSError:
         return
     parent = multiprocessing.parent_process()
@@ -155,6 +202,8 @@ def _work(pipe: Connection, folder: Path, skip_bad: bool) -> None:
         while plan := pipe.recv():
             try:
                 message: ShardRecord | Exception = build_shard(plan, proceed)
+            except MemoryError:
+                message = MemoryError(SHORT)
             except Exception as error:
                 message = error
             pipe.send(message)

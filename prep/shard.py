@@ -16,8 +16,10 @@ from loader import format as fmt
 from loader.format import HR, Shard, ShardsError, one_line
 from loader.safefile import open_own
 from loader.tiles import Pixels, split
-from prep.images import MAX_PIXELS, ImageError, ImageFile, decode, lr_fits
+from prep.faults import ImageError, StorageError, explain, shown
+from prep.images import MAX_PIXELS, decode, lr_fits, read_file
 from prep.imresize import Border, Rounding, imresize
+from prep.sources import ImageFile
 from prep.writers import open_writer
 
 PART = ".part"  # the ending of what is not complete yet
@@ -134,12 +136,19 @@ class ShardRecord:
 
 
 def stamps(source: Source) -> list[Stamp]:
-    """How the files of an image look now."""
+    """Return how the files of an image look now.
+
+    Raises:
+        StorageError: that cannot be told, since the storage fails: they may still be as they were.
+    """
 
     def stamp(file: ImageFile) -> Stamp:
         try:
             found = file.path.stat()
-        except OSError:
+        except OSError as error:
+            meaning = explain(error, file.path, file.place)
+            if isinstance(meaning, StorageError):
+                raise meaning from None
             return None
         return found.st_size, found.st_mtime_ns
 
@@ -154,6 +163,8 @@ def build_shard(plan: ShardPlan, proceed: Callable[[bool], bool]) -> ShardRecord
 
     Raises:
         OSError: the shard cannot be written, or does not hold what was written.
+        StorageError: the storage of its sources fails.
+        MemoryError: memory is short.
     """
     record = ShardRecord(None, [], [], [])
     plan.part.unlink(missing_ok=True)
@@ -235,7 +246,7 @@ def _bad(source: Source, error: ImageError) -> Bad:
     """What remains of an error about a file: no path of this machine."""
     text = str(error)
     for file in source.files:
-        if text.startswith(where := one_line(f"{file.path}: ")):
+        if text.startswith(where := one_line(f"{shown(file.path)}: ")):
             return Bad(source.image.stem, file.name, text.removeprefix(where))
     return Bad(source.image.stem, source.image.name, text)
 
@@ -248,6 +259,7 @@ def read_planes(source: Source, recipe: Recipe) -> Planes:
 
     Raises:
         ImageError: a file of it cannot be used; its text begins with the file's path.
+        StorageError: the storage of a file fails.
     """
     hr, digest = _read(source.image, recipe.max_pixels)
     height, width = hr.shape[:2]
@@ -256,7 +268,7 @@ def read_planes(source: Source, recipe: Recipe) -> Planes:
         whole = (height // scale, width // scale)
         if 0 in whole:
             expected = f"at least {scale} × {scale} pixels"
-            raise ImageError(f"{source.image.path}: expected {expected}, got {height} × {width}")
+            raise ImageError(f"{shown(source.image.path)}: expected {expected}, got {height} × {width}")
         if scale not in source.lr:
             part = hr[: whole[0] * scale, : whole[1] * scale]
             lr = imresize(part, scale, rounding=ROUNDINGS[recipe.resize], border=recipe.border)
@@ -266,17 +278,15 @@ def read_planes(source: Source, recipe: Recipe) -> Planes:
         lr, digest = _read(file, recipe.max_pixels)
         if not lr_fits((height, width), lr.shape[:2], scale):
             got = f"{lr.shape[0]} × {lr.shape[1]}"
-            raise ImageError(f"{file.path}: expected {whole[0]} × {whole[1]} for HR of {height} × {width}, got {got}")
+            expected = f"{whole[0]} × {whole[1]} for HR of {height} × {width}"
+            raise ImageError(f"{shown(file.path)}: expected {expected}, got {got}")
         planes[scale] = (lr[: whole[0], : whole[1]], file.name, digest)
     return planes
 
 
 def _read(file: ImageFile, max_pixels: int) -> tuple[Pixels, str]:
-    try:
-        data = file.path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{file.path}: expected a readable file, got {error.strerror}") from None
-    return decode(data, str(file.path), max_pixels), hashlib.sha256(data).hexdigest()
+    data = read_file(file.path, max_pixels, file.place)
+    return decode(data, shown(file.path), max_pixels), hashlib.sha256(data).hexdigest()
 
 
 def _rising(values: tuple[int, ...], allowed: tuple[int, ...]) -> bool:

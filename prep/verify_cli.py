@@ -45,6 +45,7 @@ def verify(
     from loader.index import read_index_alone
     from prep.originals import Originals
     from prep.progress import Progress
+    from prep.skipped import left_out
     from prep.verify import check_shards, compare_images
 
     start = time.monotonic()
@@ -85,6 +86,7 @@ def verify(
             verdict += ", but for the LR, which was given: --lr compares it"
     if left := len(findings) - len(wrong):
         verdict = f"{verdict if wrong else 'nothing wrong found'}; {left} images could not be compared"
+    verdict += left_out(folder)
     if repaired:
         verdict = f"{repaired} shards repaired, {verdict}"
     click.echo(one_line(f"{folder}: {images} images in {count} shards, {size:.1f} MB, {seconds:.1f} s: {verdict}"))

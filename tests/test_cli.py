@@ -199,3 +199,25 @@ def test_a_disk_that_takes_no_more(folder: Path, container: str, limit: int) -> 
     assert run.stderr.count("\n") == 1, run.stderr
     assert "could not be written: File too large" in run.stderr
     assert not Path("out").exists()
+
+
+def test_an_error_of_the_system_that_nobody_expected_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", f"{folder}/\x1b[31m")
+
+    monkeypatch.setattr("prep.info.describe_dataset", fail)
+    result = prep("info", "x")
+    assert result.exit_code == 1
+    assert result.output == "Error: x/\\x1b[31m: Permission denied\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError("maximum"), OverflowError("too large")])
+def test_what_a_bomb_may_raise_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(folder: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("prep.info.describe_dataset", fail)
+    result = prep("info", "x")
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert result.output.count("\n") == 1

@@ -219,7 +219,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.png")).write_bytes(b"")
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    with pytest.raises(ShardsError, match=r"b\\udcff.png': expected a file name in UTF-8"):
+    with pytest.raises(ShardsError, match=r"(?s)expected file names in UTF-8, got these.*b\\xff.png"):
         find_images([tmp_path])
 
 

@@ -8,11 +8,11 @@ import pytest
 from conftest import Build, digests, photograph, write_image
 from conftest import build as typed_build
 
-import prep.build
+import prep.affordable
 from loader.format import ShardsError
 from loader.index import read_index
 from prep.images import read_size
-from prep.memory import PROCESS, available, fitting_workers
+from prep.memory import PROCESS, Load, available, fitting_workers
 from prep.shard import Recipe
 from prep.space import shard_bytes
 
@@ -122,34 +122,34 @@ def test_memory_is_the_machines_or_the_least_of_the_groups(
 
 def test_memory_that_nobody_tells_of_limits_nothing(tmp_path: Path) -> None:
     assert available(tmp_path) is None
-    assert fitting_workers(64, 1 << 40, recipe(), tmp_path) == 64
+    assert fitting_workers(64, Load(1 << 40, 0), recipe(), tmp_path) == 64
     assert available() is not None
 
 
 def test_fewer_workers_where_memory_is_short(tmp_path: Path) -> None:
     root = machine(tmp_path, 1000, {}, {})
     each = (1000 * MB // 3 - PROCESS) // 20  # pixels of which three fit
-    assert fitting_workers(2, each, recipe(), root) == 2
-    assert fitting_workers(8, each, recipe(), root) == 3
-    assert fitting_workers(8, each + 1, recipe(), root) == 2
-    assert fitting_workers(8, each, recipe(given_lr=True, resize="matlab-double"), root) == 3
+    assert fitting_workers(2, Load(each, 0), recipe(), root) == 2
+    assert fitting_workers(8, Load(each, 0), recipe(), root) == 3
+    assert fitting_workers(8, Load(each + 1, 0), recipe(), root) == 2
+    assert fitting_workers(8, Load(each, 0), recipe(given_lr=True, resize="matlab-double"), root) == 3
     with pytest.raises(
         ShardsError, match=r"expected [\d,]+ MB of memory for the largest image, of [\d.]+ megap.*, got 734"
     ):
-        fitting_workers(8, each, recipe(resize="matlab-double"), machine(tmp_path / "small", 700, {}, {}))
+        fitting_workers(8, Load(each, 0), recipe(resize="matlab-double"), machine(tmp_path / "small", 700, {}, {}))
 
 
 def test_a_build_takes_what_memory_there_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
+    asked: list[tuple[int, Load]] = []
 
-    def fitting(workers: int, pixels: int, recipe: Recipe) -> int:
-        asked.append((workers, pixels))
+    def fitting(workers: int, largest: Load, recipe: Recipe) -> int:
+        asked.append((workers, largest))
         return 1
 
-    monkeypatch.setattr(prep.build, "fitting_workers", fitting)
+    monkeypatch.setattr(prep.affordable, "fitting_workers", fitting)
     notes: list[str] = []
     build(folder, tmp_path / "out", workers=8, note=notes.append)
-    assert asked == [(3, 128 * 192)]
+    assert asked == [(3, Load(128 * 192, (folder / "a.png").stat().st_size))]
     assert notes == ["memory for 1 of 3 workers: the largest image has 0.0 megapixels"]
 
 
