@@ -13,6 +13,7 @@ from pathlib import Path
 
 from loader.format import ShardsError
 from prep.lock import share_lock
+from prep.safepath import safe_path
 from prep.shard import ShardPlan, ShardRecord, build_shard
 
 Finished = Callable[[ShardPlan, ShardRecord], None]
@@ -63,13 +64,15 @@ def _started(count: int, folder: Path, skip_bad: bool) -> Iterator[dict[Connecti
     processes: dict[Connection, BaseProcess] = {}
     # Interrupts are for the parent: workers inherit that they are held back, from their first moment on. (What starts
     # with the first process lets them through again: it is started before.)
-    resource_tracker.ensure_running()
+    with safe_path():
+        resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     try:
         for _ in range(count):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there, folder, skip_bad), daemon=True)
-            process.start()
+            with safe_path():
+                process.start()
             there.close()
             processes[here] = process
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
