@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 OURS = ("prep", "loader", "model", "train")
 NUMPY_ONLY = {
     "fields", "files", "format", "identity", "index", "kernel", "mapped", "pipeline", "plan", "planes", "positional",
-    "ranges", "readahead", "safefile", "shards", "storage", "tiles",
+    "ranges", "readahead", "safefile", "shards", "stage", "storage", "tiles",
 }  # fmt: skip
 
 # What a module may import of ours (None: nothing), by the first rule that matches it.
