@@ -286,6 +286,7 @@ INLINE void gather_columns(const Crop *crop, uint8_t *out)
                 .from = line + in_x * CHANNELS,
                 .next = line, /* the last piece asks for itself */
                 .to = out + y * line_step + x * pixel_step,
+                .next_to = out,
                 .lines = lines,
                 .pixels = pixels = tile - in_x < crop->width - x ? tile - in_x : crop->width - x,
                 .from_step = tile_row,
