@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+from lowest import declared, pins
 
 ROOT = Path(__file__).parent.parent
 MADE = {"PKG-INFO"}  # by setuptools, beside its egg-info
@@ -154,3 +156,34 @@ def test_an_installed_wheel_runs(installed: Path, tmp_path: Path) -> None:
     assert run([*strict, "-m", "prep.cli", "--version"], tmp_path).startswith("srshards, version ")
     place = run([*strict, "-c", "import loader; print(loader.__file__)"], tmp_path)
     assert Path(place).is_relative_to(installed.parent.parent)
+
+
+def test_lowest_versions_are_those_declared(tmp_path: Path) -> None:
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    found = declared()
+    for need in setup["options"]["install_requires"].split():
+        assert need == f"{need.partition('>=')[0]}>={found[need.partition('>=')[0]]}"
+    lines = pins()
+    assert f"numpy=={found['numpy']}" in lines
+    (torch,) = [line for line in lines if line.startswith("torch==")]
+    assert torch in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    text = "[options]\ninstall_requires = numpy{}\n[options.extras_require]\ntest = numpy>=2\n"
+    for wrong in ("", "==2", ">=2,<3", ">=1"):  # no floor, no floor alone, another than elsewhere
+        (tmp_path / "setup.cfg").write_text(text.format(wrong))
+        with pytest.raises(ValueError, match="expected name>=version, the same wherever it stands, got numpy"):
+            declared(tmp_path / "setup.cfg")
+
+
+def test_the_files_that_make_and_its_scripts_name_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    (quick,) = re.findall(r"^QUICK := (.*)$", makefile, re.MULTILINE)
+    named = quick.split()
+    for script in ("run_floor.sh", "run_sanitized.sh"):
+        for group in re.findall(r"tests/test_\{([\w,]+)\}\.py", (ROOT / "tests" / script).read_text(encoding="utf-8")):
+            named += group.split(",")
+    assert len(named) > 30
+    assert [name for name in named if not (ROOT / "tests" / f"test_{name}.py").exists()] == []
+    (parts,) = re.findall(r"^for part in (.*); do$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    for part in parts.split():
+        assert re.search(rf"^{part}:", makefile, re.MULTILINE), part
