@@ -48,7 +48,7 @@ fuzz: $(READY)
 		$(BIN)/python -m pytest tests/test_fuzz.py
 
 # Built again when what is installed changes; the kernels are optional, their build may fail.
-$(READY): setup.cfg setup.py pyproject.toml constraints.txt loader/_gather.c prep/_imresize.c model/_mixing.c model/_mixing_parts.h
+$(READY): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard */*.c */*.h)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools

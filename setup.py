@@ -3,8 +3,10 @@
 With SRSHARDS_SANITIZE=1 they are built for `make test-sanitized`: each error of memory or arithmetic ends the process.
 """
 
+import hashlib
 import os
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -19,20 +21,21 @@ if sanitized:
     slow = ["-O1", "-g", "-fno-omit-frame-pointer", *checks]
     flags, fused = flags + slow, fused + slow  # the last -O counts
 
-setup(
-    ext_modules=[
-        Extension(
-            name,
-            [source],
-            depends=depends,
-            extra_compile_args=options,
-            extra_link_args=checks,
-            optional=not sanitized,
-        )
-        for name, source, depends, options in [
-            ("loader._gather", "loader/_gather.c", [], flags),
-            ("model._mixing", "model/_mixing.c", ["model/_mixing_parts.h"], fused),
-            ("prep._imresize", "prep/_imresize.c", [], flags),
-        ]
-    ]
-)
+
+def kernel(name, flags):
+    """Make an extension of the C files that start with its name; it holds their digest (loader.kernel.source_mark)."""
+    folder, stem = name.split(".")
+    paths = sorted(Path(folder).glob(f"{stem}*.[ch]"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    return Extension(
+        name,
+        [f"{folder}/{stem}.c"],
+        depends=["setup.py", "loader/kernel.h", *map(str, paths)],
+        define_macros=[("SRSHARDS_SOURCE", f'"srshards-source:{digest}"')],
+        extra_compile_args=["-include", "loader/kernel.h", *flags],
+        extra_link_args=checks,
+        optional=not sanitized,
+    )
+
+
+setup(ext_modules=[kernel("loader._gather", flags), kernel("model._mixing", fused), kernel("prep._imresize", flags)])
