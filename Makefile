@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-long fuzz clean
+.PHONY: demo test test-long test-sanitized test-lowest test-floor fuzz clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -17,6 +17,30 @@ test: $(READY)
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long -s
 
+# AddressSanitizer and UBSan over the kernels; needs gcc.
+test-sanitized: $(READY)
+	tests/run_sanitized.sh $(BIN)/python
+
+# A quick part of the tests with the lowest versions that setup.cfg declares, torch apart.
+LOWEST := .venv-lowest
+QUICK := architecture bad_images build checkpoints cli dataset export images imresize index losses metrics model plan \
+	stage tiles verify
+
+test-lowest: $(LOWEST)/ready
+	$(LOWEST)/bin/python -m pytest -m "not long" -p no:cacheprovider $(QUICK:%=tests/test_%.py)
+
+$(LOWEST)/ready: setup.cfg setup.py pyproject.toml constraints.txt tests/lowest.py
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) tests/lowest.py > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# Without torch, on each Python that is installed here, or on those that PYTHONS names; by hand.
+test-floor:
+	tests/run_floor.sh $(PYTHONS)
+
 FUZZ_SECONDS ?= 300
 
 fuzz: $(READY)
@@ -24,7 +48,7 @@ fuzz: $(READY)
 		$(BIN)/python -m pytest tests/test_fuzz.py
 
 # Built again when what is installed changes; the kernels are optional, their build may fail.
-$(READY): setup.cfg setup.py pyproject.toml constraints.txt loader/_gather.c prep/_imresize.c model/_mixing.c model/_mixing_parts.h
+$(READY): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard */*.c */*.h)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
@@ -32,4 +56,4 @@ $(READY): setup.cfg setup.py pyproject.toml constraints.txt loader/_gather.c pre
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info loader/*.so prep/*.so model/*.so
+	rm -rf $(VENV) $(LOWEST) .venv-floor build demo *.egg-info loader/*.so prep/*.so model/*.so

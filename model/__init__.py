@@ -3,3 +3,7 @@
 `shufflemixer`, `losses` and `metrics` need nothing else but kernels; `checkpoints` reads weights. `evaluate`,
 `upscale`, `export` and `curves` are commands (`python -m model.evaluate`); `training` holds what `train.py` is made of.
 """
+
+from srshards_names import check_names
+
+check_names("model", "loader", "prep")

@@ -14,18 +14,16 @@ from functools import cached_property
 from pathlib import Path
 
 from loader import format as fmt
-from loader.fields import Fields, load
 from loader.format import FormatError, Shard
 from loader.safefile import open_member, read_member, read_own, sync_folder
-from prep.records import dump_record, dump_terms, parse_bad, parse_record, parse_terms
-from prep.shard import PART, Bad, ShardPlan, ShardRecord, stamps
-from prep.staging import BUILD, LEFTOVER, RECORD, SHARD, SKIPPED, exists, write_whole
+from prep.records import dump_record, dump_terms, parse_record, parse_terms
+from prep.shard import PART, ShardPlan, ShardRecord, stamps
+from prep.staging import BUILD, LEFTOVER, RECORD, SHARD, exists, write_whole
 from prep.terms import Terms
 from prep.trust import has_digest, need_fit, need_unharmed
 
 ROOM = 1 << 20  # bytes that a file of the journal may have in any case,
 ROOM_PER_IMAGE = 64 << 10  # and for each image beyond: names and reasons have a few thousand characters at most
-SKIPPED_ROOM = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -82,16 +80,6 @@ def read_terms(folder: Path, like: Terms) -> Terms | None:
         return parse_terms(read_member(path, ROOM + 8 * len(dump_terms(like))), str(path))
     except (OSError, FormatError):
         return None
-
-
-def read_skipped(folder: Path) -> list[Bad]:
-    """The images that were left out of a dataset."""
-    path = folder / SKIPPED
-    try:
-        entries = load(read_member(path, SKIPPED_ROOM), str(path))
-        return [parse_bad(Fields(entry, str(path))) for entry in entries] if type(entries) is list else []
-    except (OSError, FormatError):
-        return []
 
 
 def clean(folder: Path, finished: Collection[str] = ()) -> None:

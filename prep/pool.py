@@ -14,6 +14,7 @@ from pathlib import Path
 
 from loader.format import ShardsError
 from prep.lock import share_lock
+from prep.safepath import safe_path
 from prep.shard import ShardPlan, ShardRecord, build_shard
 
 Finished = Callable[[ShardPlan, ShardRecord], None]
@@ -76,7 +77,7 @@ def _started(
     processes: dict[Connection, BaseProcess] = {}
     # Interrupts are for the parent: workers inherit that they are held back, from their first moment on. (What starts
     # with the first process lets them through again: it is started before.)
-    with _plain_limits(count, 0):
+    with _plain_limits(count, 0), safe_path():
         resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     try:
@@ -105,7 +106,8 @@ def _start(context: SpawnContext, folder: Path, skip_bad: bool) -> tuple[Connect
     here, there = context.Pipe()
     try:
         process = context.Process(target=_work, args=(there, folder, skip_bad), daemon=True)
-        process.start()
+        with safe_path():
+            process.start()
     except BaseException:
         here.close()
         raise

@@ -5,8 +5,9 @@ from pathlib import Path
 from loader.fields import Fields, fail, load
 from loader.format import FormatError
 from loader.safefile import read_member
-from prep.journal import SKIPPED
+from prep.records import parse_bad
 from prep.shard import Bad
+from prep.staging import SKIPPED
 
 LIMIT = 16 << 20  # bytes: tens of thousands of images
 
@@ -27,7 +28,7 @@ def read_skipped(folder: Path) -> list[Bad]:
     entries = load(text, str(path))
     if type(entries) is not list:
         fail(str(path), "value", "a list", type(entries).__name__)
-    return [_entry(Fields(entry, f"{path}: [{i}]")) for i, entry in enumerate(entries)]
+    return [parse_bad(Fields(entry, f"{path}: [{i}]")) for i, entry in enumerate(entries)]
 
 
 def left_out(folder: Path) -> str:
@@ -37,9 +38,3 @@ def left_out(folder: Path) -> str:
     except FormatError as error:
         return f"; which images were left out when it was built is not known: {error}"
     return f"; {count} images were left out when it was built, see {SKIPPED}" if count else ""
-
-
-def _entry(fields: Fields) -> Bad:
-    bad = Bad(fields.text("image"), fields.text("source"), fields.text("reason"))
-    fields.done()
-    return bad

@@ -13,7 +13,7 @@ OURS = ("prep", "loader", "model", "train")
 NUMPY_ONLY = {
     "arguments", "crew", "descriptors", "epoch", "fields", "files", "format", "identity", "index", "kernel", "mapped",
     "mapping", "pipeline", "place", "plan", "planes", "positional", "ranges", "readahead", "room", "safefile", "shards",
-    "sparse", "storage", "tiles",
+    "sparse", "stage", "storage", "tiles",
 }  # fmt: skip
 
 # What a module may import of ours (None: nothing), by the first rule that matches it.

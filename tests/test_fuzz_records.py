@@ -20,9 +20,10 @@ from loader.format import FormatError
 from loader.index import read_index
 from prep.build import plan_shards
 from prep.images import find_images
-from prep.journal import SKIPPED_ROOM, Journal, read_skipped, read_terms
+from prep.journal import Journal, read_terms
 from prep.records import _dump, parse_record, parse_terms
 from prep.shard import Recipe, ShardPlan
+from prep.skipped import LIMIT, read_skipped
 from prep.staging import BUILD, RECORD, SKIPPED
 from prep.structure import check_structure
 from prep.terms import differences, terms_of
@@ -151,7 +152,7 @@ def test_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert told["taken"]
     assert told["refused"]
     with path.open("wb") as file:
-        file.truncate(SKIPPED_ROOM + 1)
+        file.truncate(LIMIT + 1)
     try:
         assert read_skipped(tmp_path) == []
     except FormatError as error:

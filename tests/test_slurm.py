@@ -253,17 +253,33 @@ def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster) -> None:
     assert not cluster.requeued()
 
 
+def real_shards(cluster: Cluster, source: Path) -> list[str]:
+    """Put a dataset into the cluster's folder of shards, beside what is none of it; give the dataset's files."""
+    (cluster.shards / "shard-00000.h5").unlink()
+    for path in source.iterdir():
+        shutil.copy(path, cluster.shards)
+    names = sorted(path.name for path in source.iterdir())
+    (cluster.shards / "shard-00000.h5").rename(cluster.shards / "pixels")
+    (cluster.shards / "shard-00000.h5").symlink_to("pixels")  # within the folder: it may be
+    (cluster.shards / "shard-00009.h5").symlink_to(cluster.folder / "train.py")  # not in the index
+    (cluster.shards / "home").symlink_to(cluster.folder)
+    return names
+
+
 @pytest.mark.parametrize("variable", ["SLURM_TMPDIR", "TMPDIR"])
-def test_shards_are_staged_when_asked(cluster: Cluster, variable: str) -> None:
+def test_shards_are_staged_when_asked(cluster: Cluster, training_shards: Path, variable: str) -> None:
+    """The dataset, and nothing that links in its folder lead to."""
+    names = real_shards(cluster, training_shards)
+    before = sorted(path.name for path in cluster.shards.iterdir())
     code, errors = cluster.run("finish", STAGE="1", **{variable: str(cluster.scratch)})
     assert code == 0
     staged = cluster.scratch / f"srshards-{cluster.job}"
     assert f"shards copied from {cluster.shards} to {staged} of each node" in errors
     given = cluster.given(0)
     assert given["flags"][-4:] == ["--shards", str(staged), "--resume", "auto"]
-    assert sorted(given["shards"]) == ["deep", "index.json", "shard-00000.h5"]
+    assert sorted(given["shards"]) == names
     assert not list(cluster.scratch.iterdir())  # removed at the end
-    assert sorted(path.name for path in cluster.shards.iterdir()) == ["deep", "index.json", "shard-00000.h5"]
+    assert sorted(path.name for path in cluster.shards.iterdir()) == before
 
 
 def test_shards_are_read_in_place_unless_asked(cluster: Cluster) -> None:
@@ -272,11 +288,13 @@ def test_shards_are_read_in_place_unless_asked(cluster: Cluster) -> None:
     assert cluster.log.read_text().count("srun") == 1
 
 
-def test_without_room_shards_are_read_in_place(cluster: Cluster) -> None:
-    write_program(cluster.programs / "df", "#!/bin/bash\nprintf 'Avail\\n5\\n'\n")
+def test_shards_that_cannot_be_copied_are_read_in_place(cluster: Cluster, training_shards: Path) -> None:
+    real_shards(cluster, training_shards)
+    (cluster.shards / "shard-00001.h5").unlink()
+    (cluster.shards / "shard-00001.h5").symlink_to(training_shards / "shard-00001.h5")  # out of the folder
     code, errors = cluster.run("finish", STAGE="1", TMPDIR=str(cluster.scratch))
     assert code == 0
-    assert "has room for 5\n" in errors
+    assert "shard-00001.h5: file: expected a file in this folder, got a link to " in errors
     assert f"could not be copied to {cluster.scratch} of each node: reading {cluster.shards} in place" in errors
     assert "srshards-" not in " ".join(cluster.given(0)["flags"])
     assert not list(cluster.scratch.iterdir())
