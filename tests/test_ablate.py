@@ -296,3 +296,16 @@ def test_real_runs_are_compared(training_shards: Path, tmp_path: Path) -> None:
     again = CliRunner().invoke(ablate.main, [*flags, "--variants", "full,no-fused", *small])
     assert again.exit_code == 0
     assert "$ " not in again.output  # nothing is run
+
+
+def test_scores_without_end_and_those_of_other_images() -> None:
+    """The log writes infinity as null; bicubic's scores are those of the images that the last ones are of."""
+
+    def entry(valid: str, start: str, value: float | None) -> dict[str, Any]:
+        scores = {f"{start}{name}": value for name in ("psnr_y", "ssim_y", "psnr_rgb")}
+        return {"iteration": 10, "valid": valid, **scores}
+
+    entries = [entry("old", "bicubic_", 20.0), entry("new", "bicubic_", 25.0), entry("new", "", None)]
+    result = ablate.summarise(FULL, network(), entries, 10)
+    assert result.bicubic["psnr_y"] == 25.0
+    assert "| inf | inf | inf | – | – |" in ablate.table("A title", [result])

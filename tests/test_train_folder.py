@@ -343,6 +343,17 @@ def test_a_log_that_is_a_pipe_is_refused(training_shards: Path, tmp_path: Path) 
         assert result.stderr == f"Error: {moved / name}: a pipe, no regular file\n"
 
 
+def test_links_out_of_the_folder_are_not_read(training_shards: Path, tmp_path: Path) -> None:
+    assert invoke(training_shards, tmp_path / "a", "--iterations", 1).exit_code == 0
+    for name in ("metrics.jsonl", "config.toml"):
+        moved = Path(shutil.copytree(tmp_path / "a", tmp_path / name))
+        (moved / name).rename(tmp_path / f"private {name}")
+        (moved / name).symlink_to(tmp_path / f"private {name}")
+        result = resume(moved, "--shards", training_shards)
+        assert result.exit_code == 1
+        assert f"Error: {moved / name}: a link to " in result.stderr
+
+
 def test_tables_of_other_programs_know_the_log(tmp_path: Path) -> None:
     assert progress.score_of(None) == INFINITY
     values: list[Callable[[], object]] = [lambda: "x", lambda: [], lambda: float("nan")]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from loader.safefile import open_to_write, read_named, write_atomically
+from loader.safefile import open_to_write, read_member, write_atomically
 from model.losses import Losses
 from model.metrics import Scores
 from model.training.memory import peak_bytes
@@ -184,7 +184,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """Give the lines of a run's log; a last line that a kill cut off is left out. OSError if it cannot be read."""
     if not path.exists():
         return
-    for line in read_named(path, LIMIT).split(b"\n"):
+    for line in read_member(path, LIMIT).split(b"\n"):
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):

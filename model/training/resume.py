@@ -15,6 +15,7 @@ import click
 import torch
 
 from loader.format import one_line
+from loader.safefile import read_member
 from model.checkpoints import CheckpointError, read_raw
 from model.training import saving
 from model.training.lock import locked
@@ -85,7 +86,7 @@ def find_origin(out: Path, resume: str | None) -> Origin:
         if saving.any_in(checkpoints):
             raise CheckpointError(f"{checkpoints}: a run is already there; add --resume auto, or take another --out")
         return Origin()
-    file = read_settings(out / CONFIG) if (out / CONFIG).exists() else {}
+    file = read_settings(out / CONFIG, read_member) if (out / CONFIG).exists() else {}
     local = {name: value for name, value in file.items() if name in LOCAL}
     found: tuple[Path, Mapping[str, Any], list[str]]
     if resume != AUTO:
@@ -120,7 +121,7 @@ def local_device(out: Path, chosen: Mapping[str, Any], resume: str | None) -> st
     device = chosen.get("device")
     if device is None and resume is not None:
         try:
-            device = read_settings(out / CONFIG).get("device")
+            device = read_settings(out / CONFIG, read_member).get("device")
         except (OSError, SettingsError):  # the first rank says so
             device = None
         if device is not None and os.environ.get("WORLD_SIZE", "1") != "1":

@@ -121,10 +121,13 @@ def checked(values: Settings, where: str) -> dict[str, Any]:
     return settled
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read a TOML file of settings. SettingsError naming it where it is none, OSError where it cannot be read."""
+def read_settings(path: Path, read: Callable[[Path, int], bytes] = read_named) -> dict[str, Any]:
+    """Read a TOML file of settings by a function of `loader.safefile`.
+
+    Raises SettingsError, naming the file, where it is none; OSError where it cannot be read.
+    """
     try:
-        values = tomllib.loads(read_named(path, LIMIT).decode())
+        values = tomllib.loads(read(path, LIMIT).decode())
     except (ValueError, RecursionError) as error:  # the parser's own error, bytes that are no UTF-8, numbers too long
         reason = "tables nested too deep" if isinstance(error, RecursionError) else one_line(str(error))
         raise SettingsError(f"{one_line(str(path))}: {reason}") from error
