@@ -11,6 +11,8 @@ import pytest
 from conftest import build, photograph, write_image
 
 WAYS = ["mmap", "pread"]
+LONG = pytest.mark.long
+SOME = [pytest.param("mmap", marks=LONG), "pread"]  # the way with more threads is tried always
 # What hangs is shown with the stacks of all threads, and ends.
 PREAMBLE = """
 import faulthandler, gc, os, signal, sys, threading, time, warnings
@@ -88,7 +90,7 @@ print(len(next(iter(loader()))))
 
 @pytest.mark.parametrize("io", WAYS)
 def test_the_garbage_collector_may_end_iterators(small: Path, io: str) -> None:
-    assert run(small, io, CYCLES.format(count=150)).stdout == "2\n"
+    assert run(small, io, CYCLES.format(count=120)).stdout == "2\n"
 
 
 @pytest.mark.long
@@ -97,6 +99,7 @@ def test_the_garbage_collector_may_end_thousands_of_iterators(small: Path, io: s
     assert run(small, io, CYCLES.format(count=5000), limit=1500).stdout == "2\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("io", WAYS)
 def test_a_finaliser_may_even_close_an_iterator(small: Path, io: str) -> None:
     """Frameworks do: `__del__` that closes what it owns, run by the collector in any thread, ours included."""
@@ -118,6 +121,7 @@ def test_a_finaliser_may_even_close_an_iterator(small: Path, io: str) -> None:
     run(small, io, code)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("io", WAYS)
 def test_a_dataset_that_leads_to_its_iterator(small: Path, io: str) -> None:
     """The threads, which nothing collects, do not hold the dataset."""
@@ -133,7 +137,7 @@ def test_a_dataset_that_leads_to_its_iterator(small: Path, io: str) -> None:
     run(small, io, code)
 
 
-@pytest.mark.parametrize("io", WAYS)
+@pytest.mark.parametrize("io", SOME)
 def test_forks_while_batches_are_made(small: Path, io: str) -> None:
     """Whatever locks other threads hold at that moment: the child may drop, use, close or keep what it inherited."""
     code = """
@@ -156,7 +160,7 @@ def test_forks_while_batches_are_made(small: Path, io: str) -> None:
             assert len(data[3]) == 2
             assert descriptors() < 40
     loader_here = loader(threads=3, readahead=30)
-    for n in range(20):
+    for n in range(10):
         stream = iter(loader_here)
         for _ in range(1 + n % 3): next(stream)
         pid = os.fork()
@@ -173,6 +177,7 @@ def test_forks_while_batches_are_made(small: Path, io: str) -> None:
     run(small, io, code)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("io", WAYS)
 def test_an_iterator_not_begun_belongs_to_whoever_begins(small: Path, io: str) -> None:
     code = """
@@ -219,13 +224,23 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("io", WAYS)
-@pytest.mark.parametrize("way", ENDS)
+QUICK = [
+    ("by daemon threads that begin anew", "pread"),
+    ("by a daemon thread that waits", "mmap"),
+    ("by another thread", "pread"),
+]
+
+
+@pytest.mark.parametrize(
+    ("way", "io"),
+    [pytest.param(way, io, marks=[] if (way, io) in QUICK else LONG) for way in ENDS for io in WAYS],
+)
 def test_the_interpreter_ends_quietly(small: Path, io: str, way: str) -> None:
     printed = run(small, io, ENDS[way]).stdout
     assert printed == {"by another thread": "400\n", "at exit": "2\n"}.get(way, "")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("io", WAYS)
 def test_storage_that_hangs_does_not_keep_the_interpreter(small: Path, io: str) -> None:
     code = """
@@ -241,10 +256,10 @@ def test_storage_that_hangs_does_not_keep_the_interpreter(small: Path, io: str) 
     run(small, io, code)
 
 
-@pytest.mark.parametrize("io", WAYS)
+@pytest.mark.parametrize("io", SOME)
 def test_another_thread_may_close(small: Path, io: str) -> None:
     code = """
-    for n in range(60):
+    for n in range(40):
         stream, given = iter(loader(threads=1 + n % 3)), []
         user = threading.Thread(target=lambda: given.extend(stream))
         user.start()
@@ -257,6 +272,7 @@ def test_another_thread_may_close(small: Path, io: str) -> None:
     run(small, io, code)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("io", WAYS)
 def test_an_interrupt_loses_nothing(small: Path, io: str) -> None:
     """Ctrl-C in a notebook: the next cell goes on with the same iterator."""
@@ -289,7 +305,7 @@ def test_an_interrupt_loses_nothing(small: Path, io: str) -> None:
     assert done.stdout == "True True\n" or "KeyboardInterrupt" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("io", WAYS)
+@pytest.mark.parametrize("io", SOME)
 def test_without_threads_there_is_an_error(small: Path, io: str) -> None:
     """As under `ulimit -u`, or -v: "can't start new thread"; nothing is left behind, and exit does not wait."""
     code = """
@@ -316,6 +332,7 @@ def test_without_threads_there_is_an_error(small: Path, io: str) -> None:
     assert printed == (["0", "0", "0"] + ["4"] * 3 if io == "mmap" else ["0", "0", "0"] + ["0"] + ["4"] * 2)
 
 
+@pytest.mark.long
 def test_workers_and_positional_reads(small: Path) -> None:
     """Forked workers of a DataLoader read for themselves, and leave nothing behind, whatever the parent is doing."""
     code = """
@@ -343,6 +360,7 @@ def test_workers_and_positional_reads(small: Path) -> None:
     run(small, "pread", code)
 
 
+@pytest.mark.long
 def test_one_thread_at_a_time(small: Path) -> None:
     code = """
     from loader import mapped

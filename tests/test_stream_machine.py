@@ -199,7 +199,7 @@ def watched(folder: Path, examples: int, limit: int) -> None:
 
 
 def test_any_sequence_of_uses(small: Path) -> None:
-    watched(small, 6, 300)
+    watched(small, 5, 300)
 
 
 @pytest.mark.long
