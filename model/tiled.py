@@ -72,6 +72,7 @@ LOCAL = (
     *(nn.Identity, nn.SiLU, nn.GELU, nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.Sigmoid, nn.Tanh, nn.Dropout),
     *(nn.PixelShuffle, nn.RMSNorm),
 )
+POOLS = (nn.AvgPool2d, nn.MaxPool2d)
 
 
 def receptive_radius(network: nn.Module) -> int | None:
@@ -83,12 +84,14 @@ def receptive_radius(network: nn.Module) -> int | None:
     """
     radius = 0
     for module in _uses(network):
-        if type(module) is nn.Conv2d and set(module.stride) == {1} and module.padding_mode != "circular":
-            sides = zip(module.kernel_size, module.dilation, _padding(module), strict=True)
-            radius += max(max(padding, (side - 1) * step - padding) for side, step, padding in sides)
-        elif type(module) not in LOCAL or module._forward_hooks or module._forward_pre_hooks:
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
             return None
-        if "forward" in vars(module):
+        if isinstance(module, POOLS) and type(module) in POOLS and _both(module.stride) == (1, 1):
+            dilation = module.dilation if isinstance(module, nn.MaxPool2d) else 1
+            radius += _reach(_both(module.kernel_size), _both(dilation), _both(module.padding))
+        elif type(module) is nn.Conv2d and set(module.stride) == {1} and module.padding_mode != "circular":
+            radius += _reach(module.kernel_size, module.dilation, _padding(module))
+        elif type(module) not in LOCAL:
             return None
     return max(1, radius)
 
@@ -99,6 +102,17 @@ def _uses(module: nn.Module) -> Iterator[nn.Module]:
     for child in module._modules.values():
         if child is not None:
             yield from _uses(child)
+
+
+def _reach(sizes: Sequence[int], dilations: Sequence[int], paddings: Sequence[int]) -> int:
+    """Pixels that a window looks to its sides, at most, along either axis."""
+    sides = zip(sizes, dilations, paddings, strict=True)
+    return max(max(padding, (size - 1) * step - padding) for size, step, padding in sides)
+
+
+def _both(value: int | tuple[int, int]) -> tuple[int, int]:
+    """Along both axes."""
+    return value if isinstance(value, tuple) else (value, value)
 
 
 def _padding(convolution: nn.Conv2d) -> Sequence[int]:

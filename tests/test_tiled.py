@@ -114,8 +114,10 @@ def test_tiles_equal_the_whole_of_edited_networks(name: str) -> None:
     net = network(3, 1)
     edit(net, name)
     lr = image(50, 41)
+    radius = receptive_radius(net)
+    assert radius is not None
     with torch.inference_mode():
-        tiles = by_tiles(net, lr, Tiling(16, receptive_radius(net)))
+        tiles = by_tiles(net, lr, Tiling(16, radius))
         torch.testing.assert_close(tiles, net(lr), rtol=0, atol=1e-5)
 
 

@@ -92,6 +92,8 @@ def _tilings(network: ShuffleMixer, device: torch.device, height: int, width: in
     if fits:
         yield None
     tile, overlap = max(height, width) // 2, receptive_radius(network)
+    if overlap is None:  # tiles of such a network would not be what the whole image gives
+        return
     while not fits and tile > SMALLEST and (tile + 2 * overlap) ** 2 * (needed // (height * width)) > free_bytes():
         tile //= 2
     while tile >= SMALLEST:
