@@ -42,10 +42,11 @@ test-floor:
 	tests/run_floor.sh $(PYTHONS)
 
 FUZZ_SECONDS ?= 300
+FUZZED := fuzz fuzz_checkpoints fuzz_records gather_kernel imresize_kernel
 
 fuzz: $(READY)
 	SRSHARDS_FUZZ_SECONDS=$(FUZZ_SECONDS) SRSHARDS_FUZZ_SEED=$${SRSHARDS_FUZZ_SEED:-$$(date +%s)} \
-		$(BIN)/python -m pytest tests/test_fuzz.py
+		$(BIN)/python -m pytest $(FUZZED:%=tests/test_%.py)
 
 # Built again when what is installed changes; the kernels are optional, their build may fail.
 $(READY): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard */*.c */*.h)

@@ -52,20 +52,24 @@ class Curves:
 def read_curves(log: Path) -> Curves:
     """Read a run's log. Of an iteration that is there twice, as after a resume, the later line counts.
 
+    Scores on different datasets (`valid`) make no curve together: those on the last one count.
     Lines that a killed run left half-written are passed over, also where a resumed run went on after them. Raises
     CurvesError for a file without a single record, and for values that are no numbers; OSError if it cannot be read.
     """
     loss: dict[int, float] = {}
-    psnr: dict[int, float] = {}
-    bicubic = None
+    scores: dict[str, dict[int, float]] = {}  # by dataset
+    bicubic: dict[str, float | None] = {}
+    valid = ""
     data, found = read_named(log, MAX_LOG), False
     for number, line in enumerate(io.BytesIO(data), start=1):
         record = _record(line)
         if record is None:
             continue
         found = True
-        bicubic = _number(log, number, record, "bicubic_psnr_y", bicubic)
-        for key, points in (("loss", loss), ("psnr_y", psnr)):
+        if "psnr_y" in record or "bicubic_psnr_y" in record:
+            valid = str(record.get("valid"))[:64]
+        bicubic[valid] = _number(log, number, record, "bicubic_psnr_y", bicubic.get(valid))
+        for key, points in (("loss", loss), ("psnr_y", scores.setdefault(valid, {}))):
             value = _number(log, number, record, key, None)
             if value is not None:
                 iteration = record.get("iteration")
@@ -76,7 +80,7 @@ def read_curves(log: Path) -> Curves:
                 points[iteration] = value
     if not found and data.strip():
         raise CurvesError(f"{log}: expected lines of JSON objects, got none")
-    return Curves(dict(sorted(loss.items())), dict(sorted(psnr.items())), bicubic)
+    return Curves(dict(sorted(loss.items())), dict(sorted(scores.get(valid, {}).items())), bicubic.get(valid))
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

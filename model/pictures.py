@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 
 from loader.format import ShardsError
-from prep.images import ImageError, decode, read_size
+from prep.images import ImageError, decode, read_file, read_size
 
 Pixels = NDArray[np.uint8]
 
@@ -42,8 +42,8 @@ class Picture:
 def read_picture(path: Path) -> Picture:
     """Read what `prep.images.read_image` reads, and transparent pictures too; ImageError for all else."""
     height, width = read_size(path)  # refuses the kinds of file that cannot be used
+    data = read_file(path)
     try:
-        data = path.read_bytes()
         header = Pillow.open(io.BytesIO(data))
         alpha = _transparent(data, header)
         profile = header.info.get("icc_profile") or b""

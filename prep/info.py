@@ -76,7 +76,7 @@ def dataset_lines(facts: dict[str, Any]) -> list[str]:
 def describe_system() -> dict[str, Any]:
     """Versions, processor cores, and which kernels are compiled."""
     off = os.environ.get(SWITCH) == "0"
-    fallback = f"fallback ({SWITCH}=0)" if off else "fallback (not built)"
+    fallback = f"fallback ({SWITCH}=0)" if off else "fallback (not built, or of other sources)"
     return {
         "srshards": __version__,
         "python": platform.python_version(),

@@ -46,6 +46,18 @@ def test_a_log_is_read(tmp_path: Path) -> None:
     assert read_curves(log) == Curves({100: 0.5, 200: 0.25}, {200: 28.0}, 28.42)
 
 
+def test_scores_of_the_last_dataset_are_drawn(tmp_path: Path) -> None:
+    def scored(valid: str, bicubic: float, *psnr: tuple[int, float]) -> list[dict[str, Any]]:
+        first = {"iteration": 0, "bicubic_psnr_y": bicubic, "valid": valid}
+        return [first, *({"iteration": i, "psnr_y": value, "valid": valid} for i, value in psnr)]
+
+    a, b = scored("aa", 28.0, (100, 29.0), (200, 30.0)), scored("bb", 20.0, (300, 21.0))
+    assert read_curves(write_log(tmp_path / "b.jsonl", *a, *b)) == Curves({}, {300: 21.0}, 20.0)
+    again = {"iteration": 400, "psnr_y": 31.0, "valid": "aa"}
+    log = write_log(tmp_path / "a.jsonl", *a, *b, again)
+    assert read_curves(log) == Curves({}, {100: 29.0, 200: 30.0, 400: 31.0}, 28.0)
+
+
 def test_lines_of_killed_runs_are_passed_over(tmp_path: Path) -> None:
     log = write_log(tmp_path / "metrics.jsonl", *RECORDS, tail='{"iteration": 300, "loss": 0.')
     assert read_curves(log) == Curves({100: 0.5, 200: 0.25}, {200: 28.0}, 28.42)
