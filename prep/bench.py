@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from loader.files import open_shard
-from loader.format import CHANNELS, HR, PAGE, FormatError, Index, ShardsError
+from loader.format import CHANNELS, HR, PAGE, Index, ShardsError
 from loader.pipeline import Pipeline, default_readahead
 from loader.plan import Crops, Plan
 from loader.positional import READ_THREADS
@@ -71,7 +71,7 @@ def _measure(shards: Shards, plan: Plan, need: Need, seconds: float) -> Report:
         try:
             cold = patch_rate(folder, need, way, draws, share)
             rates[way] = cold, patch_rate(folder, need, way, again, share, skip=WARM_BATCHES)
-        except (FormatError, MemoryError, RuntimeError) as error:
+        except (ShardsError, MemoryError, RuntimeError) as error:
             # Files that cannot be mapped (FUSE with direct_io), or too little room for maps or threads (ulimit -v).
             left_out[way] = str(error) or "memory is short"
     if not rates:

@@ -17,7 +17,7 @@ import pytest
 from conftest import Build, digests, photograph, write_image
 from conftest import build as typed_build
 
-import prep.build
+import prep.affordable
 from loader.format import ShardsError
 from loader.index import read_index
 
@@ -232,7 +232,7 @@ def test_a_full_disk(
     with pytest.raises(ShardsError, match=r"expected [\d.]+ MB of free space .* got [\d.]+ MB; [\d.]+ MB are missing"):
         one_each(images, small_disk(50) / "out")
     assert not (small_disk(50) / "out").exists()
-    monkeypatch.setattr(prep.build, "need_space", lambda *_: None)  # the others came while we built
+    monkeypatch.setattr(prep.affordable, "need_space", lambda *_: None)  # the others came while we built
     for pages in range(1, 200, 4):
         out = small_disk(pages) / "out"
         try:

@@ -221,8 +221,8 @@ def test_usage_and_checkpoint_errors(folder: Path, weights: Path, tmp_path: Path
         ([a, "--checkpoint", weights, "--out", weights], 2, "weights.pt: expected a folder, or a name that ends"),
         ([a, "--checkpoint", weights, "--out", weights / "b"], 1, "weights.pt/b/a_x2.png: expected to write there"),
         ([a, "--checkpoint", weights, "--out", tmp_path / "b.gif"], 2, "b.gif: expected a folder, or a name that ends"),
-        ([a, "--checkpoint", weights, "--out", ""], 2, "expected a path, got an empty argument"),
-        (["", "--checkpoint", weights], 2, "expected a path, got an empty argument"),
+        ([a, "--checkpoint", weights, "--out", ""], 2, "expected a path, got an empty one"),
+        (["", "--checkpoint", weights], 2, "expected a path, got an empty one"),
     ):
         result = run(*arguments)
         assert result.exit_code == code, result.output
