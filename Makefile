@@ -8,11 +8,13 @@ READY := $(VENV)/ready
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
+JOBS ?= 2
+
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n $(JOBS) --dist worksteal
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long -s
