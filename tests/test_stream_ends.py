@@ -341,7 +341,8 @@ def test_workers_and_positional_reads(small: Path) -> None:
     dataset.open_reader = functools.partial(dataset.open_reader, io="pread")
     data[0]
     stream = iter(loader())
-    for _ in range(3):
+    for epoch in range(3):
+        data.set_epoch(epoch)
         next(stream)
         work = torch.utils.data.DataLoader(data, 8, num_workers=2, multiprocessing_context="fork")
         assert sum(len(lr) for lr, _ in work) == len(data)

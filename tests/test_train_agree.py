@@ -35,7 +35,8 @@ with joined("cpu") as ranks:
     ranks.agree("this", "same")
     with ranks.united():
         pass
-    print("threads", torch.get_num_threads(), flush=True)
+    sys.stdout.write(f"threads {torch.get_num_threads()}\\n")  # at once: ranks share the stream
+    sys.stdout.flush()
     mode = sys.argv[1]
     if mode == "fail" and ranks.rank == 1:
         with ranks.united():
