@@ -16,7 +16,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from loader.format import BORDERS, CONTAINERS, RESIZES, SCALES, ShardsError, one_line
 from prep import __version__
-from prep.console import UnixCommand, tell
+from prep.console import UnixGroup, tell
 from prep.paths import GivenPath
 from prep.verify_cli import verify
 
@@ -24,7 +24,7 @@ DEFAULT_SOURCE = Path("datasets/DIV2K/DIV2K_train_HR")
 WITH_SKIPS = 3  # exit code of a build that left images out
 
 
-class Cli(UnixCommand, click.Group):
+class Cli(UnixGroup):
     """A group whose commands report the project's own errors as click reports its own: one message, exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
