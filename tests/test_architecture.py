@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OURS = ("prep", "loader", "model", "train")
 NUMPY_ONLY = {
-    "arguments", "crew", "descriptors", "epoch", "fields", "files", "format", "identity", "index", "kernel", "mapped",
+    "arguments", "crew", "descriptors", "epoch", "fields", "files", "format", "identity", "index", "kernel", "lockfile",
+    "mapped",
     "mapping", "pipeline", "place", "plan", "planes", "positional", "ranges", "readahead", "room", "safefile", "shards",
     "sparse", "stage", "storage", "tiles",
 }  # fmt: skip
