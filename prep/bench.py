@@ -24,8 +24,8 @@ from loader.shards import Shards
 from loader.storage import file_system, is_network
 from loader.tiles import Pixels
 from prep.advice import WAYS, Need, Report, Way
+from prep.limits import startable_threads
 from prep.memory import available
-from prep.starting import startable_threads
 
 REQUEST = 64 << 10  # bytes: about what one row of tiles of an HR crop takes
 WARM_BATCHES = 8

@@ -1,6 +1,7 @@
 """What the shell's limits (`ulimit`) leave to this process."""
 
 import resource
+import threading
 from pathlib import Path
 
 PER_THREAD = 160 << 20  # bytes of address space: a stack, and a heap of malloc's
@@ -25,3 +26,25 @@ def affordable_threads(threads: int) -> int:
     """
     space = address_space()
     return threads if space is None else min(threads, space // (2 * PER_THREAD))
+
+
+def startable_threads(wanted: int) -> int:
+    """Return how many threads the system lets this process have at once, up to `wanted`.
+
+    Found out by trying, but for `ulimit -v`: a thread that dies for want of memory may be waited for without end.
+    """
+    wanted = affordable_threads(wanted)
+    release = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(wanted):
+            thread = threading.Thread(target=release.wait)
+            thread.start()
+            started.append(thread)
+    except (RuntimeError, MemoryError):  # "can't start new thread"
+        pass
+    finally:
+        release.set()
+        for thread in started:
+            thread.join()
+    return len(started)

@@ -8,9 +8,9 @@ from typing import TypeVar
 
 from loader.format import Index, ShardsError
 from prep.check import Finding, Tick, check_length, check_shard
+from prep.limits import startable_threads
 from prep.originals import Originals, compare_image
 from prep.repair import repair_shard, workshop
-from prep.starting import startable_threads
 from prep.structure import check_structure
 
 Item = TypeVar("Item")

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -121,3 +121,14 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def training_shards(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Those images as a dataset at ×2."""
     return build(photographs, tmp_path_factory.mktemp("shards") / "train", scales=(2,))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Have torch compute on one thread: small tensors gain nothing from more, and lose much where cores are busy."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -15,19 +15,13 @@ from torch.nn.utils import parametrizations, parametrize
 from model import fused
 from model.shufflemixer import ChannelNorm, FeatureMixingBlock, PointMlp, ShuffleMixer, ShuffleMixerLayer
 
-pytestmark = pytest.mark.skipif(fused.kernel is None, reason="the kernel is not built, or not for this processor")
+pytestmark = [
+    pytest.mark.skipif(fused.kernel is None, reason="the kernel is not built, or not for this processor"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 LR = torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(3))
 NAMES = [name for name, _ in small_network().named_modules() if name]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small steps by the thousand: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def replace(network: nn.Module, name: str, new: nn.Module) -> None:

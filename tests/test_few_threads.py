@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from prep.cli import main
 from prep.console import UnixCommand
-from prep.starting import startable_threads
+from prep.limits import startable_threads
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,17 +23,12 @@ from model import fusable, fused, sites
 from model.config import ShuffleMixerConfig
 from model.shufflemixer import ShuffleMixer
 
-pytestmark = pytest.mark.skipif(fused.kernel is None, reason="the kernel is not built, or not for this processor")
+pytestmark = [
+    pytest.mark.skipif(fused.kernel is None, reason="the kernel is not built, or not for this processor"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 LR = torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def both(work: Callable[[], Any]) -> tuple[Any, Any]:

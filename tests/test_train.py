@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,13 @@ from model.training.ranks import Ranks
 from model.training.settings import Config
 from model.training.state import ADAM_BETAS, State, from_checkpoint, new_state, to_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LINE = re.compile(
     r"iteration (\d+)/6  loss \d\.\d{5} \(l1 \d\.\d{5}, fft \d+\.\d{5}\)  learning rate \d\.\d\de-\d\d  "
     r"[\d.]+ images/s  \d+\.\d{4} s/step  \d+\.\d% waiting for data  \d+:\d\d:\d\d left  peak memory \d+\.\d\d GiB"
 )
 ALONE = Ranks(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small patches gain nothing from threads, and lose much where cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,10 @@ from model.training.ranks import Ranks
 from model.training.settings import Config
 from model.training.stopping import StopRequest
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALONE = Ranks(0, 1, torch.device("cpu"))
 INFINITY = float("inf")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small patches gain nothing from threads, and lose much where cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def reports(folder: Path, iteration: int = 0) -> Progress:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,12 @@ from model.training.resume import follow
 from model.training.settings import Config
 from model.training.sources import read_settings, to_toml
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CUSTOM = [
     *("--learning-rate", 1e-3, "--schedule", "cosine", "--warmup", 2, "--ema-decay", 0.5, "--fft-weight", 0.2),
     *("--max-skipped", 7),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small patches gain nothing from threads, and lose much where cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
