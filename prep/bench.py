@@ -15,6 +15,7 @@ import numpy as np
 
 from loader.files import open_shard
 from loader.format import CHANNELS, HR, PAGE, Index, ShardsError
+from loader.freememory import available_memory
 from loader.pipeline import Pipeline, default_readahead
 from loader.plan import Crops, Plan
 from loader.positional import READ_THREADS
@@ -25,7 +26,6 @@ from loader.storage import file_system, is_network
 from loader.tiles import Pixels
 from prep.advice import WAYS, Need, Report, Way
 from prep.limits import startable_threads
-from prep.memory import available
 
 REQUEST = 64 << 10  # bytes: about what one row of tiles of an HR crop takes
 WARM_BATCHES = 8
@@ -81,7 +81,7 @@ def _measure(shards: Shards, plan: Plan, need: Need, seconds: float) -> Report:
         file_system=file_system(folder),
         network=is_network(folder),
         dataset_bytes=sum(shard.bytes for shard in index.shards),
-        free_memory=available() or 0,
+        free_memory=available_memory() or 0,
         latency_ms=latency * 1000,
         random_mb_per_second=random_rate / 1e6,
         forgotten=forgotten,
@@ -106,7 +106,7 @@ def short_of_memory(index: Index, need: Need, way: Way, free: int | None = None)
     tiles = need.batch_size * CHANNELS * sum((side + 2 * index.planes[s].tile) ** 2 for s, side in sides.items())
     ahead = default_readahead(need.batch_size) + need.threads + 2
     wanted = (need.threads + 3) * crops + (ahead * tiles if way == "pread" else 0)
-    free = available() if free is None else free
+    free = available_memory() if free is None else free
     if free is None or wanted <= free:
         return None
     return f"expected {wanted / 1e6:,.0f} MB of memory, got {free / 1e6:,.0f} MB; a smaller --batch-size needs less"

@@ -102,9 +102,9 @@ def test_where_memory_is_short(dataset: Path, monkeypatch: pytest.MonkeyPatch) -
     assert short_of_memory(index, need, "mmap", 1 << 27) is None
     assert short_of_memory(index, need, "pread", 1 << 27)
     assert short_of_memory(index, need, "pread", 1 << 31) is None
-    monkeypatch.setattr(prep.bench, "available", lambda: 2_000_000)
+    monkeypatch.setattr(prep.bench, "available_memory", lambda: 2_000_000)
     assert set(json.loads(bench(dataset, "--json").output)["left_out"]) == {"pread"}
-    monkeypatch.setattr(prep.bench, "available", lambda: 1000)
+    monkeypatch.setattr(prep.bench, "available_memory", lambda: 1000)
     result = bench(dataset)
     assert result.exit_code == 1
     assert result.output.count("a smaller --batch-size needs less") == 2

@@ -10,9 +10,10 @@ from conftest import build as typed_build
 
 import prep.affordable
 from loader.format import ShardsError
+from loader.freememory import available_memory
 from loader.index import read_index
 from prep.images import read_size
-from prep.memory import PROCESS, Load, available, fitting_workers
+from prep.memory import PROCESS, Load, fitting_workers
 from prep.shard import Recipe
 from prep.space import shard_bytes
 
@@ -117,13 +118,13 @@ VERSION_1 = {
 def test_memory_is_the_machines_or_the_least_of_the_groups(
     free: int, group: str, files: dict[str, str], expected: int, tmp_path: Path
 ) -> None:
-    assert available(machine(tmp_path, free, {group: ""}, files)) == expected * MB
+    assert available_memory(machine(tmp_path, free, {group: ""}, files)) == expected * MB
 
 
 def test_memory_that_nobody_tells_of_limits_nothing(tmp_path: Path) -> None:
-    assert available(tmp_path) is None
+    assert available_memory(tmp_path) is None
     assert fitting_workers(64, Load(1 << 40, 0), recipe(), tmp_path) == 64
-    assert available() is not None
+    assert available_memory() is not None
 
 
 def test_fewer_workers_where_memory_is_short(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import build, write_image
+from torch import nn
 from trainings import invoke, last
 
 from loader import ShardsError
 from model.metrics import WINDOW
 from model.shufflemixer import ShuffleMixer
-from model.training import memory, validation
-from model.training.memory import free_bytes, is_out_of_memory, tried
+from model.training import validation
+from model.training.memory import is_out_of_memory, tried
 from model.training.validation import fitting_upscaler, open_validation
 from model.upscalers import network_upscaler
 
@@ -110,34 +111,26 @@ def test_where_the_machine_would_kill_tiles_come_first(monkeypatch: pytest.Monke
     network, image = ShuffleMixer.preset("tiny", 2), noise(150, 230)
     whole = network_upscaler(network, CPU)(image)
     taken = limit(monkeypatch, 1 << 40, ERRORS[0])
-    monkeypatch.setattr(validation, "free_bytes", lambda: 60 << 20)
+    monkeypatch.setattr(validation, "available_memory", lambda: 60 << 20)
     assert np.abs(fitting_upscaler(network, CPU, lambda _: None)(image).astype(int) - whole).max() <= 1
     assert max(height * width for height, width in taken) * 32 * 4 * 4 * 6 <= 60 << 20
+
+
+def test_a_network_of_unknown_reach_is_tried_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tiles would not be what the whole image gives, and the estimate of its memory is only that."""
+    network = ShuffleMixer.preset("tiny", 2)
+    network.blocks[0] = nn.AdaptiveAvgPool2d(20)
+    lr, said = noise(20, 20), list[str]()
+    expected = fitting_upscaler(network, CPU, said.append)(lr)
+    monkeypatch.setattr(validation, "available_memory", lambda: 1)
+    assert (fitting_upscaler(network, CPU, said.append)(lr) == expected).all()
+    assert not said
 
 
 def test_other_errors_of_a_network_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     limit(monkeypatch, 1, RuntimeError("a mistake"))
     with pytest.raises(RuntimeError, match="a mistake"):
         fitting_upscaler(ShuffleMixer.preset("tiny", 2), CPU, lambda _: None)(noise(20, 20))
-
-
-def test_free_memory_is_the_smallest_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    total = 1024 * int(Path("/proc/meminfo").read_text().split()[1])
-    assert 0 < free_bytes() <= total
-    texts = {"/proc/meminfo": ["MemTotal: 9 kB", "MemAvailable:   5000 kB"]}
-    monkeypatch.setattr(memory, "_lines", lambda path: texts.get(str(path), []))
-    assert free_bytes() == 5000 * 1024
-    texts["/proc/self/cgroup"] = ["4:memory:/job", "3:cpu:/", "0::/a/b"]
-    assert free_bytes() == 5000 * 1024
-    texts |= {"/sys/fs/cgroup/a/memory.max": ["max"], "/sys/fs/cgroup/a/memory.current": ["77"]}
-    assert free_bytes() == 5000 * 1024
-    texts["/sys/fs/cgroup/a/memory.max"] = ["100"]  # the group above counts too
-    assert free_bytes() == 23
-    texts["/sys/fs/cgroup/a/memory.stat"] = ["anon 57", "file 20", "file_mapped 5"]
-    assert free_bytes() == 43
-    v1 = "/sys/fs/cgroup/memory/job/memory"
-    texts |= {f"{v1}.limit_in_bytes": ["12"], f"{v1}.usage_in_bytes": ["13"], f"{v1}.stat": ["total_cache 5"]}
-    assert free_bytes() == 4
 
 
 def test_images_that_cannot_be_scored_are_named_before_training(training_shards: Path, tmp_path: Path) -> None:

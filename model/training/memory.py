@@ -2,7 +2,6 @@
 
 import resource
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -71,44 +70,6 @@ def too_large(micro_batch: int | None, config: Config) -> str:
         f"{config.precision}; less need --micro-batch auto or a smaller number, --activation-checkpointing, "
         "--precision bf16, or a smaller --lr-patch"
     )
-
-
-def free_bytes() -> int:
-    """Memory that this process may still take: what the machine has available, within its control groups' limits."""
-    free = 1 << 62
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            free = min(free, int(line.split()[1]) * 1024)
-    for line in _lines(Path("/proc/self/cgroup")):  # version 2: 0::/path, version 1: 4:memory:/path
-        _, _, rest = line.partition(":")
-        kind, _, name = rest.partition(":")
-        if kind in ("", "memory"):
-            root = Path("/sys/fs/cgroup", kind)
-            inner = root / name.lstrip("/")
-            for group in [inner, *inner.parents][: len(inner.relative_to(root).parts) + 1]:
-                free = min(free, _left(group, *(V1 if kind else V2)))
-    return free
-
-
-# Files of a control group: its limit, what it uses, and of that what is cached of files, and can be had back.
-V2 = ("memory.max", "memory.current", "file")
-V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
-
-
-def _left(group: Path, limit: str, used: str, cached: str) -> int:
-    """What a control group leaves of its limit, if it has one."""
-    numbers = [*_lines(group / limit), *_lines(group / used)]
-    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
-        return 1 << 62
-    found = [line.split()[1] for line in _lines(group / "memory.stat") if line.startswith(f"{cached} ")]
-    return max(0, int(numbers[0]) - int(numbers[1]) + sum(map(int, found)))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return []
 
 
 def peak_bytes(device: torch.device) -> int:

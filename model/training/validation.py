@@ -9,13 +9,14 @@ import torch
 
 from loader import ImageDataset, ShardsError
 from loader.format import one_line
+from loader.freememory import available_memory
 from model.evaluate import score_pairs
 from model.metrics import WINDOW, Image, Scores, mean_scores
 from model.pairs import shard_pairs
 from model.sheet import make_row, write_sheet
 from model.shufflemixer import ShuffleMixer
 from model.tiled import FEATURE_COPIES, SMALLEST, Tiling, receptive_radius
-from model.training.memory import free_bytes, is_out_of_memory
+from model.training.memory import is_out_of_memory
 from model.training.ranks import Ranks
 from model.training.stopping import StopRequest
 from model.upscalers import Upscaler, bicubic_upscaler, network_upscaler
@@ -79,7 +80,9 @@ def fitting_upscaler(network: ShuffleMixer, device: torch.device, note: Note) ->
                     raise
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        raise MemoryError(f"expected memory to validate an image of {height} × {width} pixels, tile by tile, got none")
+        raise MemoryError(
+            f"expected memory to validate an image of {height} × {width} pixels, at once or in tiles, got none"
+        )
 
     return upscale
 
@@ -88,13 +91,17 @@ def _tilings(network: ShuffleMixer, device: torch.device, height: int, width: in
     """Ways to enlarge an image, from the fastest to the one that takes the least memory."""
     # A GPU says that memory ran out; a machine kills the process, so there it is not tried.
     needed = height * width * network.config.features * network.config.scale**2 * 4 * FEATURE_COPIES
-    fits = device.type != "cpu" or needed < free_bytes()
+    free = available_memory()
+    fits = device.type != "cpu" or free is None or needed < free
     if fits:
         yield None
     tile, overlap = max(height, width) // 2, receptive_radius(network)
-    if overlap is None:  # tiles of such a network would not be what the whole image gives
+    if overlap is None:  # tiles of such a network would not be what the whole image gives: that is tried in any case
+        if not fits:
+            yield None
         return
-    while not fits and tile > SMALLEST and (tile + 2 * overlap) ** 2 * (needed // (height * width)) > free_bytes():
+    each = needed // (height * width)
+    while not fits and free is not None and tile > SMALLEST and (tile + 2 * overlap) ** 2 * each > free:
         tile //= 2
     while tile >= SMALLEST:
         yield Tiling(tile, overlap)
