@@ -1,6 +1,5 @@
 """The files that a dataset was made from: found again, known to be the same, and compared with what is stored."""
 
-import errno
 import hashlib
 import os
 import stat
@@ -11,21 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from loader.files import Files
-from loader.format import HR, RESIZES, FormatError, Index, ShardsError, one_line, plane_name
+from loader.format import HR, RESIZES, FormatError, Index, ShardsError, plane_name
 from loader.safefile import open_named
 from loader.tiles import Pixels, split
 from prep.check import Finding
+from prep.faults import NOWHERE, StorageError
 from prep.images import ImageError, ImageFile
 from prep.shard import Recipe, Source, read_planes
-
-NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-
-
-class UnreadableError(ShardsError):
-    """A file that the storage does not give: whether it has changed is not known."""
-
-    def __init__(self, path: Path | str, error: OSError) -> None:
-        super().__init__(one_line(f"{path}: could not be read: {error.strerror or error}"))
 
 
 @dataclass(frozen=True)
@@ -39,7 +30,7 @@ class Originals:
         """The files of one image of a dataset; LR only where it was given and is there to compare.
 
         Raises:
-            UnreadableError: whether a file has changed cannot be told: it cannot be read.
+            StorageError: whether a file has changed cannot be told: it cannot be read.
             ImageError: a file is missing, or has changed since the build.
         """
         lr = {}
@@ -85,7 +76,7 @@ def compare_image(folder: Path, index: Index, image: int, originals: Originals, 
     except ShardsError as error:  # of the storage
         return [Finding(number, f"{where}: not compared: {error}", image, compared=False)]
     except OSError as error:
-        failure = UnreadableError(error.filename or "a file", error)
+        failure = _unreadable(error.filename or "a file", error)
         return [Finding(number, f"{where}: not compared: {failure}", image, compared=False)]
     findings = []
     for scale in index.planes:
@@ -120,6 +111,11 @@ def _difference(folder: Path, index: Index, image: int, scale: int, pixels: Pixe
     return f"{np.count_nonzero(other)} others, the first at row {y}, column {x}"
 
 
+def _unreadable(path: Path | str, error: OSError) -> StorageError:
+    """What the storage does not give may have changed, or not."""
+    return StorageError(f"{path}: could not be read: {error.strerror or error}")
+
+
 def _find(index: Index, image: int, scale: int, folders: tuple[Path, ...]) -> ImageFile:
     """The file that a plane of an image came from: the one of its name and digest."""
     plane = index.planes[scale]
@@ -131,12 +127,12 @@ def _find(index: Index, image: int, scale: int, folders: tuple[Path, ...]) -> Im
     if not there:
         raise ImageError(f"{name}: expected this file in {', '.join(map(str, folders))}, got none there")
     others: list[str] = []
-    failures: list[UnreadableError] = []
+    failures: list[StorageError] = []
     for path in there:
         try:
             digest = _sha256(path)
         except OSError as error:
-            failures.append(UnreadableError(path, error))
+            failures.append(_unreadable(path, error))
             continue
         if digest == expected:
             return ImageFile(path, name)
@@ -147,13 +143,13 @@ def _find(index: Index, image: int, scale: int, folders: tuple[Path, ...]) -> Im
 
 
 def _mode(path: Path, kind: Callable[[int], bool]) -> bool:
-    """Whether there is something of a kind. UnreadableError where the storage does not tell."""
+    """Whether there is something of a kind. StorageError where the storage does not tell."""
     try:
         return kind(path.stat().st_mode)
     except OSError as error:
-        if error.errno in NOT_THERE:
+        if error.errno in NOWHERE:
             return False
-        raise UnreadableError(path, error) from None
+        raise _unreadable(path, error) from None
 
 
 def _sha256(path: Path) -> str:
