@@ -29,7 +29,7 @@ QUICK := architecture bad_images build checkpoints cli dataset export images imr
 	stage tiles verify
 
 test-lowest: $(LOWEST)/ready
-	$(LOWEST)/bin/python -m pytest -m "not long" -p no:cacheprovider $(QUICK:%=tests/test_%.py)
+	$(LOWEST)/bin/python -m pytest -m "not long" -p no:cacheprovider $(QUICK:%=tests/*/test_%.py)
 
 $(LOWEST)/ready: setup.cfg setup.py pyproject.toml constraints.txt tests/lowest.py
 	rm -rf $(LOWEST)
@@ -48,10 +48,10 @@ FUZZED := fuzz fuzz_checkpoints fuzz_records gather_kernel imresize_kernel
 
 fuzz: $(READY)
 	SRSHARDS_FUZZ_SECONDS=$(FUZZ_SECONDS) SRSHARDS_FUZZ_SEED=$${SRSHARDS_FUZZ_SEED:-$$(date +%s)} \
-		$(BIN)/python -m pytest $(FUZZED:%=tests/test_%.py)
+		$(BIN)/python -m pytest $(FUZZED:%=tests/*/test_%.py)
 
 # Built again when what is installed changes; the kernels are optional, their build may fail.
-$(READY): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard */*.c */*.h)
+$(READY): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard */*.h */*/*.c */*/*.h)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
@@ -59,4 +59,4 @@ $(READY): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard */*.c */*
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) .venv-floor build demo *.egg-info loader/*.so prep/*.so model/*.so
+	rm -rf $(VENV) $(LOWEST) .venv-floor build demo *.egg-info */*/*.so

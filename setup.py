@@ -23,19 +23,26 @@ if sanitized:
 
 
 def kernel(name, flags):
-    """Make an extension of the C files that start with its name; it holds their digest (loader.kernel.source_mark)."""
-    folder, stem = name.split(".")
+    """Make an extension of the C files that start with its name; it holds their digest (loader.native.source_mark)."""
+    *rooms, stem = name.split(".")
+    folder = "/".join(rooms)
     paths = sorted(Path(folder).glob(f"{stem}*.[ch]"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     return Extension(
         name,
         [f"{folder}/{stem}.c"],
-        depends=["setup.py", "loader/kernel.h", *map(str, paths)],
+        depends=["setup.py", "loader/native.h", *map(str, paths)],
         define_macros=[("SRSHARDS_SOURCE", f'"srshards-source:{digest}"')],
-        extra_compile_args=["-include", "loader/kernel.h", *flags],
+        extra_compile_args=["-include", "loader/native.h", *flags],
         extra_link_args=checks,
         optional=not sanitized,
     )
 
 
-setup(ext_modules=[kernel("loader._gather", flags), kernel("model._mixing", fused), kernel("prep._imresize", flags)])
+setup(
+    ext_modules=[
+        kernel("loader.pixels._gather", flags),
+        kernel("loader.resize._imresize", flags),
+        kernel("model.cpu._mixing", fused),
+    ]
+)

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from loader import PatchDataset, PatchLoader, ShardsError, to_float
-from loader.identity import dataset_identity
-from loader.safefile import write_atomically
+from loader.format.identity import dataset_identity
+from loader.system.safefile import write_atomically
 from model.checkpoints import CheckpointError
-from model.curves import write_curves
+from model.evaluate.curves import write_curves
 from model.losses import Losses, combined
 from model.metrics import Scores
 from model.shufflemixer import why_plain
@@ -40,7 +40,7 @@ from model.training.sources import given, options, to_toml
 from model.training.state import State, digest, from_checkpoint, new_state, to_checkpoint
 from model.training.stopping import StopRequest, stop_request
 from model.training.validation import bicubic_scores, draw_sheet, network_scores, open_validation
-from prep.console import UnixCommand
+from prep.console.unix import UnixCommand
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

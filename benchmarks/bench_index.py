@@ -29,8 +29,8 @@ from common import machine, median_ratio, rounds
 from report import write_targets
 
 from loader import PatchDataset, PatchLoader
-from loader.format import HR, PAGE, Index, LrOrigin, Plane, Shard, Strings, plane_tile, shard_file
-from loader.index import dump_index
+from loader.format.index import dump_index
+from loader.format.layout import HR, PAGE, Index, LrOrigin, Plane, Shard, Strings, plane_tile, shard_file
 
 HEIGHT, WIDTH, SCALE, TILE, PER_SHARD = 1356, 2040, 4, 64, 64
 SAMPLES = 2048  # in the epochs of which throughput is measured

@@ -28,9 +28,9 @@ from results import Results
 from rivals_rows import SUB
 from ways import MODES, SCALES, build_shards, installed, prepare
 
-from loader.format import ShardsError
-from loader.index import read_index
-from prep.images import find_images
+from loader.errors import ShardsError
+from loader.format.index import read_index
+from prep.images.find import find_images
 
 HERE = Path(__file__).parent
 MEASURES: dict[str, Callable[..., Rounds]] = {"warm": modes.warm, "cold": modes.cold, "slow": modes.slow}

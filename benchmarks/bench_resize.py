@@ -18,10 +18,10 @@ import click
 import cv2
 from common import machine, median_ratio, mosaic, rounds, table
 
-from prep import imresize as module
-from prep.images import read_image
-from prep.imresize import imresize
-from prep.sample import sample_photographs
+from loader.resize import imresize as module
+from loader.resize.imresize import imresize
+from prep.images.decode import read_image
+from prep.images.sample import sample_photographs
 
 
 @click.command()

@@ -28,7 +28,7 @@ from report import fill_readme
 from rival_shufflemixer import PublishedStyle
 from torch import Tensor, nn
 
-from model import fused
+from model.cpu import fused
 from model.shufflemixer import PRESETS, ShuffleMixer
 
 HERE = Path(__file__).parent
@@ -97,7 +97,7 @@ def inferrer(network: nn.Module, lr: Tensor, settings: Settings) -> Callable[[],
 
 
 def plainly(work: Callable[[], None]) -> Callable[[], None]:
-    """The same work without the fused operations of `model.fused`."""
+    """The same work without the fused operations of `model.cpu.fused`."""
 
     def plain() -> None:
         kernel, fused.kernel = fused.kernel, None

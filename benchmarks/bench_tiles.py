@@ -21,14 +21,14 @@ from common import machine, make_mosaics, rounds, seconds_of, table
 from storage import files_in, forget
 
 from loader import PatchDataset, PatchLoader
-from loader import format as fmt
-from loader.format import HR
-from loader.planes import batch_ranges, planes_of
-from loader.ranges import pages
-from loader.readahead import open_reader
-from prep.build import build_dataset, images_per_shard, plan_shards
-from prep.images import find_images
-from prep.shard import Recipe
+from loader.ahead.footprint import batch_ranges, planes_of
+from loader.ahead.reader import open_reader
+from loader.format import layout as fmt
+from loader.format.layout import HR
+from loader.pixels.byte_ranges import pages
+from prep.build.build import build_dataset, images_per_shard, plan_shards
+from prep.images.find import find_images
+from prep.shard.shard import Recipe
 
 TILES = ((32, 32), (48, 32), (64, 32), (64, 64), (96, 48), (128, 64))  # HR, LR
 DEFAULT = (64, 32)

@@ -23,14 +23,14 @@ from pathlib import Path
 import click
 from common import machine, make_mosaics, rounds, table
 
-from loader.format import Index
-from loader.index import read_index
-from prep.build import build_dataset, images_per_shard, plan_shards
-from prep.check import BLOCK
-from prep.images import find_images
-from prep.sample import sample_photographs
-from prep.shard import Recipe
-from prep.verify import check_shards
+from loader.format.index import read_index
+from loader.format.layout import Index
+from prep.build.build import build_dataset, images_per_shard, plan_shards
+from prep.images.find import find_images
+from prep.images.sample import sample_photographs
+from prep.shard.checksums import BLOCK
+from prep.shard.shard import Recipe
+from prep.verify.verify import check_shards
 
 
 @click.command()

@@ -17,7 +17,7 @@ from storage import bytes_read
 from ways import MODES
 
 PATIENCE = 600  # seconds that a process may take to answer
-HEAVY = ["torch", "loader.batches", "prep.build", "cv2", "h5py", "lmdb", "zarr", "tensorstore"]
+HEAVY = ["torch", "loader.batches", "prep.build.build", "cv2", "h5py", "lmdb", "zarr", "tensorstore"]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.images import find_images, read_image
+from prep.images.decode import read_image
+from prep.images.find import find_images
 
 Pixels = NDArray[np.uint8]
 

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from loader import PatchDataset
+from loader.ahead.footprint import batch_ranges, planes_of
+from loader.pixels.byte_ranges import Ranges, pages
 from loader.plan import Crops, Plan
-from loader.planes import batch_ranges, planes_of
-from loader.ranges import Ranges, pages
 
 PAGE = 4096
 Ints = NDArray[np.int64]

@@ -15,8 +15,8 @@ from storage import files_in, fio_seconds, forget, mounted, remember
 from ways_ours import LOADER_AUTO
 
 from loader import PatchDataset
-from loader.ranges import Ranges, cut, merged
-from loader.storage import advice_limit
+from loader.pixels.byte_ranges import Ranges, cut, merged
+from loader.system.filesystem import advice_limit
 
 Rounds = dict[str, list[Reading]]  # by way
 LIMIT = "fio"

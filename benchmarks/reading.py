@@ -14,7 +14,7 @@ from crops import Task
 from numpy.typing import NDArray
 
 from loader import ImageDataset
-from loader.memory import aligned
+from loader.stream.buffers import aligned
 
 Pixels = NDArray[np.uint8]
 Start = Callable[[bool], Iterator[int]]  # endless or once? → a generator: each item, the samples of one more batch

@@ -11,7 +11,7 @@ from reading import Pixels, Start, Way, by_batch, by_crop, image_pixels, slices
 from rivals_rows import planes
 
 from loader import ImageDataset
-from loader.format import HR, plane_group
+from loader.format.layout import HR, plane_group
 
 # Sides of chunks in pixels, the best of 64, 128, 256 and 512 for these crops, in a file each or together in one.
 ZARR_CHUNK = 256

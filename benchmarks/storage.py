@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loader.ranges import Ranges
+from loader.pixels.byte_ranges import Ranges
 
 PAGE = mmap.PAGESIZE
 STILL_CACHED = 0.01  # share of a rival's pages that may stay: those of headers, and the like, that it keeps mapped

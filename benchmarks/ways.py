@@ -11,9 +11,9 @@ from rivals_ffcv import FFCV
 from rivals_rows import LMDB, NPY, NPY_EACH, NPY_THREADS, PNG, PNG_THREADS
 
 from loader import ImageDataset
-from prep.build import build_dataset, images_per_shard, plan_shards
-from prep.images import find_images
-from prep.shard import Recipe
+from prep.build.build import build_dataset, images_per_shard, plan_shards
+from prep.images.find import find_images
+from prep.shard.shard import Recipe
 
 SCALES = (4, 2)
 NEEDS = {LMDB.name: "lmdb", ZARR.name: "zarr", TENSORSTORE.name: "tensorstore", FFCV.name: "ffcv"}

@@ -13,8 +13,8 @@ from crops import Task
 from reading import Pixels, Start, Way, buffers, by_batch
 
 from loader import PatchDataset, PatchLoader
-from loader.format import HR
-from loader.readahead import Io
+from loader.ahead.reader import Io
+from loader.format.layout import HR
 
 NO_KERNELS = (("SRSHARDS_KERNELS", "0"),)
 TOGETHER = "memory"  # the process in which memcpy and the gather take turns on the same buffers

@@ -23,8 +23,8 @@ from typing import Any
 
 import click
 
-from loader.safefile import write_atomically
-from model.curves import can_draw, finish, plot
+from loader.system.safefile import write_atomically
+from model.evaluate.curves import can_draw, finish, plot
 from model.shufflemixer import ShuffleMixer, ShuffleMixerConfig
 from model.training import sources
 from model.training.progress import LOG, VALID, read_log, score_of

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from prep.sample import sample_photographs
+from prep.images.sample import sample_photographs
 
 SCALE = 2
 ITERATIONS = 1000

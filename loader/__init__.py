@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from loader.dataset import Crop as Crop
     from loader.dataset import ImageDataset as ImageDataset
     from loader.dataset import PatchDataset as PatchDataset
-    from loader.format import FormatError as FormatError
-    from loader.format import ShardsError as ShardsError
-    from loader.stream import PatchIterator as PatchIterator
-    from loader.stream import Stats as Stats
+    from loader.errors import FormatError as FormatError
+    from loader.errors import ShardsError as ShardsError
+    from loader.stream.iterator import PatchIterator as PatchIterator
+    from loader.stream.iterator import Stats as Stats
 
 _HOMES = {
     "PatchLoader": "loader.batches",
@@ -20,10 +20,10 @@ _HOMES = {
     "Crop": "loader.dataset",
     "ImageDataset": "loader.dataset",
     "PatchDataset": "loader.dataset",
-    "FormatError": "loader.format",
-    "ShardsError": "loader.format",
-    "PatchIterator": "loader.stream",
-    "Stats": "loader.stream",
+    "FormatError": "loader.errors",
+    "ShardsError": "loader.errors",
+    "PatchIterator": "loader.stream.iterator",
+    "Stats": "loader.stream.iterator",
 }
 __all__ = list(_HOMES)
 

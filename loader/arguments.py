@@ -4,7 +4,7 @@ import operator
 import os
 from pathlib import Path
 
-from loader.format import ShardsError, one_line
+from loader.errors import ShardsError, one_line
 
 
 def whole(name: str, value: object, low: int | None, high: int | None = None) -> int:

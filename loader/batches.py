@@ -8,13 +8,13 @@ from typing import Any, SupportsIndex
 
 import torch
 
+from loader.ahead.budget import Room
+from loader.ahead.pipeline import Pipeline, default_readahead
+from loader.ahead.reader import Io, open_reader
 from loader.dataset import Pair, PatchDataset, need
-from loader.memory import Memory
-from loader.pipeline import Pipeline, default_readahead
-from loader.place import MOST_SAMPLES
-from loader.readahead import Io, open_reader
-from loader.room import Room
-from loader.stream import Counts, PatchIterator, Place, Share, Stats, crops_of, stream_of
+from loader.stream.buffers import Memory
+from loader.stream.iterator import Counts, PatchIterator, Place, Share, Stats, crops_of, stream_of
+from loader.stream.position import MOST_SAMPLES
 
 MOST_AHEAD = 1 << 16  # batches
 

@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from loader.ahead.reader import Reader, open_reader
 from loader.arguments import as_integer, describe, flag, folder_path, whole
 from loader.arguments import need as need
 from loader.epoch import EpochState, warn
-from loader.format import CHANNELS, HR, MAX_SIDE, FormatError, ShardsError, Strings, one_line
+from loader.errors import FormatError, ShardsError, one_line
+from loader.format.layout import CHANNELS, HR, MAX_SIDE, Strings
+from loader.pixels.shards import Shards
+from loader.pixels.tiles import Pixels
 from loader.plan import Plan
-from loader.readahead import Reader, open_reader
-from loader.shards import Shards
-from loader.tiles import Pixels
 
 MAX_SAMPLES = (1 << 62) - 1  # in an epoch, and number of the last epoch
 Pair = tuple[Tensor, Tensor]

@@ -11,9 +11,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from loader.format import INDEX, FormatError, ShardsError, one_line
-from loader.index import read_index
-from loader.safefile import open_exclusive, open_member
+from loader.errors import FormatError, ShardsError, one_line
+from loader.format.index import read_index
+from loader.format.layout import INDEX
+from loader.system.safefile import open_exclusive, open_member
 
 SKIPPED = "skipped.json"
 _BLOCK = 1 << 20

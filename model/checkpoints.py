@@ -15,10 +15,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from loader.format import ShardsError, one_line
-from model.archive import Archive, opened
-from model.pickled import StoredTensor
+from loader.errors import ShardsError, one_line
 from model.shufflemixer import ShuffleMixer, ShuffleMixerConfig
+from model.torchfile.archive import Archive, opened
+from model.torchfile.pickled import StoredTensor
 
 WEIGHTS_OF_BLOCK = 20  # at least: two layers, each of five convolutions with their biases
 WEIGHT_KEYS = {"ema": ("params_ema", "params"), "raw": ("params", "params_ema")}
@@ -120,8 +120,8 @@ def find_config(path: Path, content: Mapping[str, Any], weights: Mapping[str, Sh
 def read_raw(path: Path) -> Mapping[str, Any]:
     """Read the mapping that a `torch.save` file holds, onto the CPU; CheckpointError if there is none.
 
-    It is read as data (see `model.pickled`): a file of weights must not be able to run code, nor to take more memory
-    than it has bytes. Tensors that share a storage in the file share their memory.
+    It is read as data (see `model.torchfile.pickled`): a file of weights must not be able to run code,
+    nor to take more memory than it has bytes. Tensors that share a storage in the file share their memory.
     """
     with _open(path) as archive:
         tensors: dict[int, StoredTensor] = {}

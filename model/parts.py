@@ -1,7 +1,7 @@
 """The parts of which the network is made, as plain torch operations say them.
 
 Any of them may be replaced by another module of the same shapes: nothing outside looks into them, but for the compiled
-kernel, which `model.fusable` keeps to what is as it was made here.
+kernel, which `model.cpu.fusable` keeps to what is as it was made here.
 """
 
 from __future__ import annotations

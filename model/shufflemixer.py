@@ -4,7 +4,7 @@ Source: Sun, Pan, Tang, "ShuffleMixer: An Efficient ConvNet for Image Super-Reso
 Parameters carry the published names, the misspelt `upsapling` included, so that weights travel both ways.
 Everything runs channels-last: norm and shuffle then work on views, where NCHW would rearrange the pixels. The modules
 say what is computed, by plain torch operations, and any of them may be replaced by one of the same shapes. On the CPU
-the compiled kernel of `model.fused` stands in for those that are as they were made: `model.fusable` decides.
+the compiled kernel of `model.cpu.fused` stands in for those that are as they were made: `model.cpu.fusable` decides.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import PRESETS, SCALES, ShuffleMixerConfig
-from model.fusable import Like, Modules, Site, hooked
+from model.cpu.fusable import Like, Modules, Site, hooked
+from model.cpu.sites import ENLARGE, MIX, PROJECT, SPATIAL, why_plain
 from model.parts import ChannelNorm, PointMlp, concatenate_shuffled, conv_of, norm_of, spatial_of, tail_of, upsampler_of
-from model.sites import ENLARGE, MIX, PROJECT, SPATIAL, why_plain
 
 __all__ = [
     "PRESETS", "SCALES", "ChannelNorm", "FeatureMixingBlock", "PointMlp", "ShuffleMixer", "ShuffleMixerConfig",

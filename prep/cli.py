@@ -1,12 +1,6 @@
 """The `prep` command: it parses, calls and reports; the work is done elsewhere, and imported when it is needed."""
 
-import json
 import os
-import signal
-import sys
-import time
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
@@ -14,14 +8,13 @@ import click
 # Parallel work is by processes; a thread pool in each of them, too, would only get in the way. numpy starts it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from loader.format import BORDERS, CONTAINERS, RESIZES, SCALES, ShardsError, one_line
+from loader.errors import ShardsError, one_line
 from prep import __version__
-from prep.console import UnixGroup, tell
-from prep.paths import GivenPath
-from prep.verify_cli import verify
-
-DEFAULT_SOURCE = Path("datasets/DIV2K/DIV2K_train_HR")
-WITH_SKIPS = 3  # exit code of a build that left images out
+from prep.commands.bench import bench
+from prep.commands.build_shards import build_shards
+from prep.commands.info import info
+from prep.commands.verify import verify
+from prep.console.unix import UnixGroup
 
 
 class Cli(UnixGroup):
@@ -54,181 +47,8 @@ def main() -> None:
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 40))
 
 
-@main.command("build-shards")
-@click.argument("sources", metavar="[SOURCE]...", nargs=-1, type=GivenPath())
-@click.option(
-    "--scale", "scales", type=click.IntRange(min=1), multiple=True, required=True, help="Of 2, 3, 4, 8; may repeat."
-)
-@click.option("--out", type=GivenPath(), help="Folder of the dataset.  [default: shards/<folder name>]")
-@click.option("--format", "container", type=click.Choice(list(CONTAINERS)), default="hdf5", help="Kind of shards.")
-@click.option("--tile", type=int, default=64, help="Side of HR tiles in pixels, a multiple of 16.")
-@click.option("--images-per-shard", type=int, help="[default: a sixteenth of the images, but 8 to 64]")
-@click.option("--lr", type=GivenPath(), help="Pack LR images given as DIR/X4/NAMEx4.png or DIR/NAMEx4.png.")
-@click.option(
-    "--resize", type=click.Choice(RESIZES), default=RESIZES[0], help="MATLAB's imresize of uint8, or of im2double."
-)
-@click.option("--border", type=click.Choice(BORDERS), default=BORDERS[0], help="Of MATLAB since R2015b, or before.")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
-@click.option("--max-pixels", type=click.IntRange(min=1), default=1 << 28, help="An image of more is bad.")
-@click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", help="What to do about a bad image.")
-@click.option(
-    "--retry-skipped", is_flag=True, help="Try images again that were left out before; leave out those still bad."
-)
-@click.option("--overwrite", is_flag=True, help="Replace what is in the folder, once the new dataset is complete.")
-@click.option("--sample", is_flag=True, help="Take the photographs that scikit-image carries.")
-def build_shards(
-    sources: tuple[Path, ...],
-    scales: tuple[int, ...],
-    out: Path | None,
-    container: str,
-    tile: int,
-    images_per_shard: int | None,
-    lr: Path | None,
-    resize: str,
-    border: Any,
-    workers: int | None,
-    max_pixels: int,
-    on_error: str,
-    retry_skipped: bool,
-    overwrite: bool,
-    sample: bool,
-) -> None:
-    """Build a dataset of shards from images.
-
-    SOURCE: folders (with all folders in them) or image files; without any, datasets/DIV2K/DIV2K_train_HR. HR is
-    stored beside LR of each --scale. The same command again goes on with a build that was stopped, and checks a dataset
-    that is complete.
-    """
-    if wrong := sorted(set(scales) - set(SCALES)):
-        raise click.UsageError(f"--scale: expected some of {', '.join(map(str, SCALES))}, got {wrong[0]}")
-    if sample and (sources or lr):
-        raise click.UsageError("--sample takes neither sources nor --lr")
-    if len(sources) > 1 and out is None:
-        raise click.UsageError("--out is required with several sources")
-    from prep.build import build_dataset, describe_bad, plan_shards
-    from prep.build import images_per_shard as default_count
-    from prep.images import find_images
-    from prep.progress import Progress
-    from prep.shard import Recipe
-
-    start = time.monotonic()
-    paths = _sources(sources, sample)
-    images = find_images(paths, tell)
-    folder = Path("shards", "sample" if sample else _default_name(paths[0])) if out is None else out
-    recipe = Recipe(
-        tuple(sorted(set(scales))),
-        container,
-        tile,
-        images_per_shard if images_per_shard is not None else default_count(len(images)),
-        resize,
-        border,
-        lr is not None,
-        max_pixels,
-    )
-    plans = plan_shards(images, recipe, folder, lr, tell)
-    signal.signal(signal.SIGTERM, _interrupt)
-    with Progress(len(images), "image") as progress:
-        summary = build_dataset(
-            plans,
-            _cores() if workers is None else workers,
-            skip_bad=on_error == "skip",
-            overwrite=overwrite,
-            report=progress,
-            note=tell,
-            retry=retry_skipped,
-        )
-    seconds = time.monotonic() - start
-    count = len(summary.index.name)
-    click.echo(
-        f"{folder}: {'complete already, and unharmed: ' * summary.checked}{count} images in "
-        f"{len(summary.index.shards)} shards, {summary.bytes / 1e6:.1f} MB, {seconds:.1f} s, "
-        f"{count / seconds:.1f} images/s"
-    )
-    if summary.bad:
-        lines = describe_bad(plans, summary.bad)
-        head = f"left out {len(lines)}, also listed in skipped.json (--retry-skipped tries them again):"
-        tell("\n  ".join([head, *lines]))
-        sys.exit(WITH_SKIPS)
-
-
-@main.command()
-@click.argument("folder", metavar="[DIR]", required=False, type=GivenPath())
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-@click.option("--system", is_flag=True, help="Tell of this machine, and which kernels are in use, instead.")
-def info(folder: Path | None, as_json: bool, system: bool) -> None:
-    """Print what is in the dataset at DIR."""
-    if (folder is None) != system:
-        raise click.UsageError("expected either DIR or --system")
-    from prep.info import dataset_lines, describe_dataset, describe_system, system_lines
-
-    facts = describe_system() if folder is None else describe_dataset(folder)
-    lines = [json.dumps(facts, indent=1)] if as_json else (system_lines if folder is None else dataset_lines)(facts)
-    click.echo("\n".join(lines))
-
-
-@main.command()
-@click.argument("folder", metavar="DIR", type=GivenPath())
-@click.option("--scale", type=click.IntRange(min=1), help="[default: the largest in the dataset]")
-@click.option("--lr-patch", type=click.IntRange(min=1), default=64, help="In LR pixels.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64)
-@click.option("--step-ms", type=click.FloatRange(min=0, min_open=True), default=100.0, help="How long a step takes.")
-@click.option("--threads", type=click.IntRange(min=1), default=2, help="That gather batches.")
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=30.0, help="How long to measure.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-def bench(
-    folder: Path,
-    scale: int | None,
-    lr_patch: int,
-    batch_size: int,
-    step_ms: float,
-    threads: int,
-    seconds: float,
-    as_json: bool,
-) -> None:
-    """Will the storage of the dataset at DIR keep up with training?"""
-    from loader.index import read_index
-    from prep.advice import Need, advice, report_lines
-    from prep.bench import measure
-
-    need = Need(max(read_index(folder).scales) if scale is None else scale, lr_patch, batch_size, step_ms, threads)
-    report = measure(folder, need, seconds)
-    if as_json:
-        click.echo(json.dumps(vars(report) | {"advice": advice(report, folder)}, indent=1))
-    else:
-        click.echo("\n".join(report_lines(report, need, folder)))
-
-
-main.add_command(verify)
-
-
-def _sources(sources: tuple[Path, ...], sample: bool) -> list[Path]:
-    if sample:
-        from prep.sample import sample_photographs
-
-        return sample_photographs()
-    if sources or DEFAULT_SOURCE.exists():
-        return list(sources or [DEFAULT_SOURCE])
-    raise ShardsError(
-        f"{DEFAULT_SOURCE}: expected the DIV2K training images there, since no SOURCE was named, got nothing; "
-        "name a folder of images, or try --sample, which takes the photographs of scikit-image"
-    )
-
-
-def _default_name(source: Path) -> str:
-    """The whole name of a folder (`data.v1` is not `data.v2`), or the stem of an image file."""
-    real = source.resolve()
-    if not (name := real.name if real.is_dir() else real.stem):
-        raise click.UsageError(f"--out is required with {source}, which has no name")
-    return name
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End on SIGTERM as on Ctrl-C: workers are stopped, and half shards removed."""
-    raise KeyboardInterrupt
+for command in (build_shards, verify, info, bench):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from loader.format import one_line, plane_name
-from loader.index import read_index
-from loader.kernel import SWITCH, compiled
+from loader.errors import one_line
+from loader.format.index import read_index
+from loader.format.layout import plane_name
+from loader.native import SWITCH, compiled
 from prep import __version__
-from prep.skipped import read_skipped
-from prep.staging import SKIPPED
+from prep.build.skipped import read_skipped
+from prep.build.staging import SKIPPED
 
-KERNELS = {"downscaling": "prep._imresize", "gather": "loader._gather", "network": "model._mixing"}
+KERNELS = {"downscaling": "loader.resize._imresize", "gather": "loader.pixels._gather", "network": "model.cpu._mixing"}
 NAMED = 20  # so many images that were left out are told by name
 PACKAGES = ("numpy", "h5py", "opencv-python-headless", "pillow", "torch", "click", "tqdm")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model import fused
+from model.cpu import fused
 from model.shufflemixer import ShuffleMixer
 
 

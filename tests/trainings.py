@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from click.testing import CliRunner, Result
+from helpers import ROOT
 
 import train
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["--scale", "2", "--lr-patch", "12", "--batch-size", "4", "--device", "cpu", "--workers", "1"]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loader.lockfile import held
+from loader.system.lockfile import held
 
 LOCK = "train.lock"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from loader.safefile import open_to_write, read_member, write_atomically
+from loader.system.safefile import open_to_write, read_member, write_atomically
 from model.losses import Losses
 from model.metrics import Scores
 from model.training.memory import peak_bytes

@@ -11,9 +11,9 @@ from torch import Tensor, distributed, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from loader.format import ShardsError, one_line
+from loader.errors import ShardsError, one_line
 from model.checkpoints import CheckpointError
-from model.options import pick_device
+from model.device import pick_device
 from model.training.sources import SettingsError
 from model.training.threads import own_cores, share_cores
 

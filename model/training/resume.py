@@ -14,8 +14,8 @@ from typing import Any
 import click
 import torch
 
-from loader.format import one_line
-from loader.safefile import read_member
+from loader.errors import one_line
+from loader.system.safefile import read_member
 from model.checkpoints import CheckpointError, read_raw
 from model.training import saving
 from model.training.lock import locked

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from loader.safefile import read_member, write_atomically
+from loader.system.safefile import read_member, write_atomically
 from model.checkpoints import CheckpointError, read_raw
 
 NUMBERED = re.compile(r"iteration-([0-9]+)\.pt")

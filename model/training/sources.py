@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from loader.format import one_line
-from loader.safefile import read_named
+from loader.errors import one_line
+from loader.system.safefile import read_named
 from model.training.settings import LOCAL, PATHS, REQUIRED, Config, MicroBatch, flag
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -122,7 +122,7 @@ def checked(values: Settings, where: str) -> dict[str, Any]:
 
 
 def read_settings(path: Path, read: Callable[[Path, int], bytes] = read_named) -> dict[str, Any]:
-    """Read a TOML file of settings by a function of `loader.safefile`.
+    """Read a TOML file of settings by a function of `loader.system.safefile`.
 
     Raises SettingsError, naming the file, where it is none; OSError where it cannot be read.
     """

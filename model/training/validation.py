@@ -8,18 +8,18 @@ import numpy as np
 import torch
 
 from loader import ImageDataset, ShardsError
-from loader.format import one_line
-from loader.freememory import available_memory
-from model.evaluate import score_pairs
+from loader.errors import one_line
+from loader.system.free_memory import available_memory
+from model.enlarge.tiles import FEATURE_COPIES, SMALLEST, Tiling, receptive_radius
+from model.enlarge.upscalers import Upscaler, bicubic_upscaler, network_upscaler
+from model.evaluate.evaluate import score_pairs
+from model.evaluate.pairs import shard_pairs
+from model.evaluate.sheet import make_row, write_sheet
 from model.metrics import WINDOW, Image, Scores, mean_scores
-from model.pairs import shard_pairs
-from model.sheet import make_row, write_sheet
 from model.shufflemixer import ShuffleMixer
-from model.tiled import FEATURE_COPIES, SMALLEST, Tiling, receptive_radius
 from model.training.memory import is_out_of_memory
 from model.training.ranks import Ranks
 from model.training.stopping import StopRequest
-from model.upscalers import Upscaler, bicubic_upscaler, network_upscaler
 
 SHEET_ROWS = 4
 Note = Callable[[str], None]

@@ -1,0 +1,1 @@
+"""The on-disk format: FORMAT.md as code. Needs numpy alone."""

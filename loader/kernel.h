@@ -1,3 +1,0 @@
-/* Included into every kernel by setup.py: what it was built from, for loader/kernel.py to compare. */
-
-__attribute__((used)) static const char srshards_source[] = SRSHARDS_SOURCE;

@@ -1,0 +1,1 @@
+"""Bytes to crops: tiles in memory-mapped shards. Needs numpy alone."""

@@ -1,0 +1,1 @@
+"""MATLAB's bicubic imresize and its compiled kernel. Needs numpy alone."""

@@ -1,0 +1,1 @@
+"""The stream of batches: iterator, position, and buffers."""

@@ -1,0 +1,99 @@
+"""A place in a stream of samples, as it is saved, and what the stream must be for the place to mean anything."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loader.errors import ShardsError, one_line
+
+MOST_SAMPLES = 1 << 62  # global numbers of samples lie below
+_BITS = 64
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What decides each sample of a stream, besides its number.
+
+    datasets: the identity (see loader.format.identity) of each dataset that is drawn from.
+    """
+
+    length: int
+    seed: int
+    scale: int
+    lr_patch: int
+    augment: bool
+    datasets: tuple[str, ...]
+
+    def save(self, sample: int) -> dict[str, Any]:
+        """A place in this stream, for a checkpoint."""
+        return {"sample": sample} | vars(self) | {"datasets": list(self.datasets)}
+
+    def load(self, state: object, allow_other_dataset: bool = False) -> int:
+        """The sample at which a saved place is.
+
+        Args:
+            state: what `save` gave; it may come from anywhere.
+            allow_other_dataset: take a place in a stream from other datasets, of another length perhaps.
+
+        Raises:
+            ShardsError: it is no such thing, or a place in another stream; each difference is named.
+        """
+        saved, sample = _checked(state)
+        differences = [
+            f"{name}: expected {getattr(self, name)}, got {getattr(saved, name)}"
+            for name in ("seed", "scale", "lr_patch", "augment", "length")
+            if getattr(saved, name) != getattr(self, name) and not (allow_other_dataset and name == "length")
+        ]
+        if saved.datasets != self.datasets and not allow_other_dataset:
+            ours, theirs = (" + ".join(names) for names in (self.datasets, saved.datasets))
+            differences.append(f"dataset: expected {ours}, got {theirs}: other pixels, other images, or another order")
+        if differences:
+            raise ShardsError(f"place in the sample stream: {'; '.join(differences)}")
+        return sample
+
+
+def _checked(state: object) -> tuple[Stream, int]:
+    """A saved place whose values are of the right types, and in range."""
+    if not isinstance(state, Mapping):
+        raise _wrong("expected a mapping, as state_dict() gives it", state)
+    known = {"sample", *Stream.__dataclass_fields__}
+    if missing := sorted(known - set(state)):
+        raise ShardsError(f"place in the sample stream: expected {', '.join(missing)}, which are missing")
+    if strange := [name for name in state if name not in known]:
+        raise _wrong("expected no more than a place has", strange[0])
+    if type(state["augment"]) is not bool:
+        raise _wrong("augment: expected True or False", state["augment"])
+    datasets = state["datasets"]
+    if not isinstance(datasets, list | tuple) or not datasets or not all(map(_is_digest, datasets)):
+        raise _wrong("datasets: expected a list of SHA-256 digests in hex", datasets)
+    sample = _whole(state, "sample", 0, MOST_SAMPLES)
+    return Stream(
+        length=_whole(state, "length", 1, MOST_SAMPLES),
+        seed=_whole(state, "seed", 0, (1 << _BITS) - 1),
+        scale=_whole(state, "scale", 1, 1 << 20),
+        lr_patch=_whole(state, "lr_patch", 1, 1 << 20),
+        augment=state["augment"],
+        datasets=tuple(datasets),
+    ), sample
+
+
+def _is_digest(text: object) -> bool:
+    return isinstance(text, str) and len(text) == 64 and not set(text) - set("0123456789abcdef")
+
+
+def _whole(state: Mapping[str, object], name: str, least: int, most: int) -> int:
+    value = state[name]
+    if type(value) is not int or not least <= value <= most:
+        raise _wrong(f"{name}: expected a whole number from {least} to {most}", value)
+    return value
+
+
+def _wrong(expected: str, got: object) -> ShardsError:
+    """An error about a value that may be anything, of any size."""
+    if isinstance(got, str):
+        text = one_line(ascii(got[:80]))
+    elif isinstance(got, bool | float | None) or (isinstance(got, int) and got.bit_length() <= _BITS):
+        text = str(got)
+    else:
+        text = f"a value of type {type(got).__name__}"
+    return ShardsError(f"place in the sample stream: {expected}, got {text}")

@@ -1,0 +1,1 @@
+"""Enlarging images with a network: tiles, upscaling pictures, ONNX export."""

@@ -1,0 +1,154 @@
+"""Export a network to ONNX, of any batch and size: `python -m model.export --onnx FILE --checkpoint FILE`.
+
+The exported network takes `lr`, float32 (batch, 3, height, width), RGB in [0, 1], and gives `hr`, float32
+(batch, 3, height·scale, width·scale), not clamped. It is compared with torch before the file is written, where
+onnxruntime is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+import torch
+
+from loader.errors import ShardsError, one_line
+from loader.system.safefile import write_atomically
+from model.enlarge.options import Weights, check_output, describe, open_network, weights_option
+from model.shufflemixer import ShuffleMixer
+from prep.console.paths import GivenPath
+from prep.console.unix import UnixCommand
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+OPSET = 18  # the first whose Resize torch's exporter writes; runtimes since 2023 know it
+PACKAGES = ("onnx", "onnxscript")
+CHECKED = ((1, 3, 17, 31), (2, 3, 40, 24))  # shapes of the inputs on which both are compared
+TOLERANCE = 1e-4  # of values in [0, 1]; both compute in float32, in another order
+
+
+class ExportError(ShardsError):
+    """An export that cannot be made, or gives other values than the network, in one line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
+
+
+def export_onnx(network: ShuffleMixer, notes: Mapping[str, str]) -> bytes:
+    """Give the ONNX file of `network`, which is on the CPU, with `notes` as its metadata.
+
+    Raises ExportError where the packages for it are not installed.
+    """
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ExportError(f"export needs {' and '.join(missing)}: pip install 'srshards[export]'")
+    names = {0: "batch", 2: "height", 3: "width"}
+    network = network.eval()
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            network,
+            (torch.rand(2, 3, 24, 40),),  # no two sizes alike, none 1: whatever is alike here may be taken to be one
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["lr"],
+            output_names=["hr"],
+            dynamic_shapes=({axis: torch.export.Dim(name) for axis, name in names.items()},),
+            verbose=False,
+        )
+    assert program is not None
+    model: ModelProto = program.model_proto
+    _forget_sources(model)
+    for axis, name in names.items():
+        factor = network.config.scale if axis > 1 else 1
+        model.graph.output[0].type.tensor_type.shape.dim[axis].dim_param = f"{factor}*{name}" if factor > 1 else name
+    for key, value in notes.items():
+        model.metadata_props.add(key=key, value=value)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def largest_difference(network: ShuffleMixer, onnx: bytes) -> float:
+    """Run both on random images of several sizes; give the largest absolute difference. Needs onnxruntime.
+
+    Raises ExportError where onnxruntime refuses the file or gives another shape, and where either gives NaN or
+    infinity: no difference says anything then.
+    """
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no common root of their own
+        raise ExportError(f"expected a network that onnxruntime loads, got {type(error).__name__}: {error}") from error
+    generator = torch.Generator().manual_seed(0)
+    largest = 0.0
+    for shape in CHECKED:
+        lr = torch.rand(shape, generator=generator)
+        with torch.inference_mode():
+            expected = network.eval()(lr).numpy()
+        (got,) = session.run(["hr"], {"lr": lr.numpy()})
+        if got.shape != expected.shape:
+            raise ExportError(f"expected {expected.shape} of onnxruntime for {shape}, got {got.shape}")
+        for what, values in (("torch", expected), ("onnxruntime", got)):
+            if not np.isfinite(values).all():
+                raise ExportError(f"expected a network that gives finite values, got NaN or infinity of {what}")
+        largest = max(largest, float(np.abs(got - expected).max()))
+    return largest
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what the exporter says of itself: a package for other networks is missing, a type will change."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _forget_sources(model: ModelProto) -> None:
+    """Drop the traces of source files, with their paths on this machine, that torch notes at every step."""
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+
+
+@click.command(cls=UnixCommand)
+@click.option("--onnx", "path", type=GivenPath(), required=True, help="File to write.")
+@click.option("--checkpoint", type=GivenPath(), required=True, help="Weights of the network.")
+@weights_option
+def main(path: Path, checkpoint: Path, weights: Weights) -> None:
+    """Export a network to ONNX; batch, height and width stay free."""
+    try:
+        check_output(path, [checkpoint])
+        loaded, network = open_network(checkpoint, weights)
+        notes = {"scale": str(loaded.config.scale), "weights": loaded.weights_key, "network": str(loaded.config)}
+        click.echo(describe(loaded, network))
+        onnx = export_onnx(network, notes)
+        if importlib.util.find_spec("onnxruntime") is None:
+            checked = "not compared with torch, since onnxruntime is not installed: pip install 'srshards[export]'"
+        else:
+            difference = largest_difference(network, onnx)
+            if not difference <= TOLERANCE:
+                raise ExportError(
+                    f"expected at most {TOLERANCE} between onnxruntime and torch, got {difference:.2e}; nothing written"
+                )
+            checked = f"largest difference between onnxruntime and torch {difference:.2e}"
+        write_atomically(path, onnx)
+    except ShardsError as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(one_line(f"{error.filename}: {error.strerror}")) from error
+    click.echo(f"{one_line(str(path))}: ONNX opset {OPSET}, {len(onnx)} bytes, {checked}")

@@ -1,0 +1,1 @@
+"""Scoring networks on test images, and the pictures drawn of results and runs."""

@@ -1,0 +1,155 @@
+"""Files of `torch.save`, which may come from anyone: looked at as a whole before a tensor is allocated.
+
+They are ZIP archives whose records are stored as they are, one with a pickle and one for each storage of values.
+`Archive` refuses everything that torch does not write (compression, overlaps, checksums that do not fit), and reads a
+tensor only when asked for it: first compare its description with what is wanted, then have it read.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loader.system.safefile import open_named
+from model.torchfile.pickled import MAX_BYTES, Storage, StoredTensor, read_pickle
+
+MAX_FILE = 1 << 30  # bytes; a run's checkpoint has 16 for each parameter
+LOCAL_HEADER = 30  # bytes before a record's name
+CHUNK = 1 << 20
+ENCRYPTED = 1
+LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch before 1.6 began its files so
+
+
+class ArchiveError(ValueError):
+    """A file that `torch.save` did not write, or that was damaged since."""
+
+
+class _Bounded(io.FileIO):
+    """A file that gives little at once: the directory of an archive is read as a whole."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0:
+            size = os.fstat(self.fileno()).st_size - self.tell()
+        if size > MAX_BYTES:
+            raise ArchiveError(f"a part of more than {MAX_BYTES} bytes where torch writes a small one")
+        return super().read(max(size, 0)) or b""
+
+
+class Archive:
+    """An open file of `torch.save`: its `content`, with a StoredTensor for each tensor."""
+
+    def __init__(self, file: _Bounded) -> None:
+        self._zip = zipfile.ZipFile(file)
+        self._records = _records(self._zip, os.fstat(file.fileno()).st_size)
+        pickles = [name for name in self._records if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(pickles) != 1:
+            raise ArchiveError(f"expected one data.pkl, got {len(pickles)}")
+        self._folder = pickles[0].removesuffix("data.pkl")
+        if self._small("byteorder", b"little") != b"little":
+            raise ArchiveError("expected little-endian values, got big-endian ones")
+        self.content: Any = read_pickle(self._small("data.pkl"))
+
+    def read(self, tensor: StoredTensor) -> Tensor:
+        """Read a tensor to the CPU, with the strides of the file; it shares its memory with no other."""
+        return self.read_all([tensor])[0]
+
+    def read_all(self, tensors: Iterable[StoredTensor]) -> list[Tensor]:
+        """Read tensors to the CPU; those that share a storage in the file share their memory.
+
+        Raises ArchiveError where a record has another size than its storage, or its checksum does not fit.
+        """
+        storages: dict[Storage, Tensor] = {}
+        read = []
+        for tensor in tensors:
+            if tensor.storage not in storages:
+                storages[tensor.storage] = self._values(tensor.storage)
+            read.append(storages[tensor.storage].as_strided(tensor.shape, tensor.stride, tensor.offset))
+        return read
+
+    def check_sums(self) -> None:
+        """Compare all records with their checksums, a little at a time; ArchiveError for one that does not fit."""
+        for name in self._records:
+            for _ in self._chunks(name):
+                pass
+
+    def _values(self, storage: Storage) -> Tensor:
+        name = f"{self._folder}data/{storage.key}"
+        size = self._records[name].file_size if name in self._records else None
+        if size != storage.nbytes:
+            raise ArchiveError(
+                f"expected a record of {storage.nbytes} bytes for storage {storage.key[:40]}, got {size}"
+            )
+        values = bytearray(storage.nbytes)
+        at = 0
+        for chunk in self._chunks(name):
+            values[at : at + len(chunk)] = chunk
+            at += len(chunk)
+        if not values:
+            return torch.empty(0, dtype=storage.dtype)
+        if storage.dtype == torch.bool:  # a byte other than 0 and 1 is no bool
+            return torch.frombuffer(values, dtype=torch.uint8) != 0
+        return torch.frombuffer(values, dtype=storage.dtype)
+
+    def _small(self, name: str, missing: bytes | None = None) -> bytes:
+        info = self._records.get(self._folder + name)
+        if info is None and missing is not None:
+            return missing
+        if info is None or info.file_size > MAX_BYTES:
+            raise ArchiveError(f"expected {name} of at most {MAX_BYTES} bytes")
+        return b"".join(self._chunks(self._folder + name))
+
+    def _chunks(self, name: str) -> Iterator[bytes]:
+        info = self._records[name]
+        with self._zip.open(info) as record:
+            done, crc = 0, 0
+            while chunk := record.read(CHUNK):
+                done, crc = done + len(chunk), zlib.crc32(chunk, crc)
+                yield chunk
+        if done != info.file_size or crc != info.CRC:
+            raise ArchiveError(f"{info.filename} is damaged")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Archive]:
+    """Open a file of `torch.save`, a link to one too.
+
+    Raises:
+        ValueError, zipfile.BadZipFile, NotImplementedError, EOFError: it is none, or damaged.
+        OSError: it cannot be opened or read.
+    """
+    with _Bounded(open_named(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_FILE:
+            raise ArchiveError(f"expected at most {MAX_FILE} bytes, got {size}")
+        if file.read(len(LEGACY)).startswith(LEGACY):
+            raise ArchiveError("expected the format of torch 1.6 or later, got an older one; save it again")
+        file.seek(0)
+        yield Archive(file)
+
+
+def _records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """The records of an archive by name, each stored as it is, in a place of its own."""
+    infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    ends = [*(info.header_offset for info in infos[1:]), min(archive.start_dir, size)]
+    for info, end in zip(infos, ends, strict=True):
+        if (
+            info.compress_type != zipfile.ZIP_STORED
+            or info.flag_bits & ENCRYPTED
+            or info.compress_size != info.file_size
+        ):
+            raise ArchiveError("expected records that are stored as they are, got compressed or encrypted ones")
+        if info.header_offset < 0 or info.header_offset + LOCAL_HEADER + info.file_size > end:
+            raise ArchiveError("expected records one after another, got some that overlap")
+    records = {info.filename: info for info in infos}
+    if len(records) != len(infos):
+        raise ArchiveError("expected records of different names, got one twice")
+    return records

@@ -1,0 +1,1 @@
+"""Measuring whether storage keeps up with training."""

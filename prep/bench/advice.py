@@ -1,0 +1,115 @@
+"""What a training run needs of its storage, what that gives, and what to do about it."""
+
+import os
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from loader.ahead.positional import READ_THREADS
+from loader.errors import one_line
+
+MARGIN = 1.2  # storage that gives this times what is needed keeps up
+Way = Literal["mmap", "pread"]
+WAYS: tuple[Way, ...] = ("mmap", "pread")
+
+
+@dataclass(frozen=True)
+class Need:
+    """A training run: what it takes in one step, and how long a step is."""
+
+    scale: int
+    lr_patch: int
+    batch_size: int
+    step_ms: float
+    threads: int
+
+    @property
+    def patches_per_second(self) -> float:
+        """The rate at which such a run takes patches."""
+        return self.batch_size / self.step_ms * 1000
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured. Rates are patches per second, by way of reading; `forgotten` is the share of pages that left
+    the page cache when asked to, None where the system does not tell: cold figures are only cold if it is near 1.
+    `left_out` says why a way was not measured."""
+
+    file_system: str
+    network: bool
+    dataset_bytes: int
+    free_memory: int
+    latency_ms: float
+    random_mb_per_second: float
+    forgotten: float | None
+    cold: dict[str, float]
+    warm: dict[str, float]
+    needed: float
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> Way:
+        """The way that io="auto" takes here."""
+        return "pread" if self.network else "mmap"
+
+
+def advice(report: Report, folder: Path) -> str:
+    """What a person had better do."""
+    enough = report.needed * MARGIN
+    chosen = report.chosen
+    if chosen not in report.cold:
+        (other,) = report.cold
+        return f'Use io="{other}": io="auto" is "{chosen}" here, which was not measured ({report.left_out[chosen]}).'
+    if max(report.warm.values()) < report.needed:
+        return (
+            "Even from memory, the loader gives fewer patches than training takes: give it more threads "
+            "(PatchLoader(threads=..), train.py --workers), or check what else runs here."
+        )
+    if report.cold[chosen] >= enough:
+        return f'Fine as it is: io="auto" ({chosen} here) keeps up even when nothing is cached.'
+    for other, rate in report.cold.items():
+        if rate >= enough:
+            return f'Use io="{other}": that way this storage keeps up even when nothing is cached.'
+    minutes = report.dataset_bytes / max(report.random_mb_per_second * 1e6, 1) / 60
+    # Without TMPDIR the target would be the root of the file system: the shell stops instead.
+    copy = f'cp -r -- {shell_word(folder)} "${{TMPDIR:?}}"/    # about {minutes:.1f} minutes at the rate measured'
+    if report.dataset_bytes < report.free_memory * 0.8:
+        return (
+            "The first epoch will wait for the storage; later ones come from memory, into which the dataset fits. To "
+            f"avoid the wait, copy it to node-local storage first:\n  {copy}"
+        )
+    return f"This storage is too slow for this training, and memory too small. Copy to node-local storage:\n  {copy}"
+
+
+def report_lines(report: Report, need: Need, folder: Path) -> list[str]:
+    """The report for a person."""
+    kind = "counts as network" if report.network else "counts as local disk"
+    lines = [
+        f"{one_line(str(folder))}: {report.dataset_bytes / 1e9:.2f} GB on {report.file_system}, which {kind}",
+        f"latency             {report.latency_ms:.2f} ms for a scattered read of 4 KiB",
+        f"scattered reads     {report.random_mb_per_second:.0f} MB/s, 64 KiB each, {READ_THREADS} at once",
+    ]
+    lines += [f"patches/s, cold     {rate:,.0f} with io={way!r}" for way, rate in report.cold.items()]
+    lines += [f"patches/s, warm     {rate:,.0f} with io={way!r}" for way, rate in report.warm.items()]
+    lines += [one_line(f"io={way!r} was not measured: {reason}") for way, reason in report.left_out.items()]
+    lines.append(
+        f"training takes      {report.needed:,.0f} patches/s: batches of {need.batch_size} in {need.step_ms:g} ms"
+    )
+    if report.forgotten is not None and report.forgotten < 0.9:
+        lines.append(
+            f"({1 - report.forgotten:.0%} of the pages stayed in memory, in use elsewhere: cold figures are too good)"
+        )
+    return [*lines, advice(report, folder)]
+
+
+def shell_word(path: Path) -> str:
+    """A path as a shell takes it, and a terminal: `.` by its name, odd characters as $'…' has them."""
+    path = path.resolve() if path.name in ("", "..") else path
+    if (text := str(path)).isprintable():
+        return shlex.quote(text)
+    return "$'" + "".join(c if c.isprintable() and c not in "\\'" else _escaped(c) for c in text) + "'"
+
+
+def _escaped(character: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))

@@ -1,0 +1,1 @@
+"""Building datasets: plan, shards, index."""

@@ -1,0 +1,1 @@
+"""What all commands share: standard streams, path arguments, progress bars."""

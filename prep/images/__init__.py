@@ -1,0 +1,1 @@
+"""Image files: finding, pairing and decoding them."""

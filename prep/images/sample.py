@@ -1,0 +1,34 @@
+"""The photographs that the scikit-image package carries: something to build from where there is no dataset yet."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from loader.errors import ShardsError
+
+PHOTOGRAPHS = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "motorcycle_left.png",
+    "motorcycle_right.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+
+
+def sample_photographs() -> list[Path]:
+    """The colour photographs in the installed scikit-image, found without importing it.
+
+    Raises:
+        ShardsError: scikit-image is not installed, or comes without some of them.
+    """
+    package = find_spec("skimage")
+    if package is None or not package.submodule_search_locations:
+        raise ShardsError("--sample: expected scikit-image, got no such package; pip install scikit-image brings it")
+    folder = Path(package.submodule_search_locations[0]) / "data"
+    paths = [folder / name for name in PHOTOGRAPHS]
+    if missing := [path.name for path in paths if not path.exists()]:
+        raise ShardsError(f"{folder}: expected the photographs of scikit-image, got none of {', '.join(missing)}")
+    return paths

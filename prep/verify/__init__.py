@@ -1,0 +1,1 @@
+"""Verifying datasets against their index and their sources, and repairing them."""

@@ -1,0 +1,74 @@
+"""Images, datasets and digests, made for tests."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from prep.build.build import build_dataset, plan_shards
+from prep.images.find import find_images
+from prep.shard.shard import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+Pixels = NDArray[np.uint8]
+
+
+# Names and sizes (H, W) of a small folder of images: whole tiles, parts of tiles, multiples of no scale.
+SIZES = {"a": (128, 192), "b": (131, 97), "c": (64, 64), "d e": (65, 300), "ü": (200, 71)}
+
+
+def photograph(height: int, width: int, seed: int = 0) -> Pixels:
+    """An image (H, W, 3) with smooth parts, edges and noise: every pixel different enough to tell crops apart."""
+    rng = np.random.default_rng([seed, height, width])
+    coarse = rng.integers(0, 256, (height // 9 + 2, width // 9 + 2, 3), np.uint8)
+    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+    noise = rng.integers(-20, 21, (height, width, 3))
+    pixels: Pixels = np.clip(smooth + noise, 0, 255).astype(np.uint8)
+    return pixels
+
+
+def write_image(path: Path, rgb: Pixels) -> None:
+    """Write RGB pixels to an image file of the kind that its suffix says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done, data = cv2.imencode(path.suffix, rgb[..., ::-1])
+    assert done
+    path.write_bytes(data.tobytes())
+
+
+Build = Callable[..., Path]
+
+
+def build(
+    source: Path,
+    out: Path,
+    *,
+    lr: Path | None = None,
+    workers: int = 1,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    report: Callable[[int], None] = lambda done: None,
+    note: Callable[[str], None] = lambda text: None,
+    **changes: object,
+) -> Path:
+    """Build a dataset of a folder of images, with a recipe changed from the default."""
+    options: dict[str, object] = {
+        "scales": (2, 4),
+        "container": "hdf5",
+        "tile": 64,
+        "images_per_shard": 2,
+        "resize": "matlab-uint8",
+        "border": "symmetric",
+        "given_lr": lr is not None,
+    }
+    recipe = Recipe(**(options | changes))  # type: ignore[arg-type]
+    plans = plan_shards(find_images([source]), recipe, out, lr)
+    build_dataset(plans, workers, skip_bad=skip_bad, overwrite=overwrite, report=report, note=note)
+    return out
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """All files in a folder, and the SHA-256 of each."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}

@@ -1,0 +1,181 @@
+"""What is asked of the storage: exactly the bytes that crops touch, in few requests."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loader.ahead.footprint import batch_ranges, planes_of
+from loader.ahead.reader import open_reader
+from loader.format.layout import HR, PAGE
+from loader.pixels.byte_ranges import Ranges, cut, inner_pages, merged, pages
+from loader.pixels.shards import Shards
+from loader.pixels.tiles import transformed
+from loader.plan import Plan
+from loader.system import filesystem as storage
+
+RANGES = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 300_000), st.integers(1, 90_000)), max_size=30)
+
+
+def ranges_of(rows: list[tuple[int, int, int]]) -> Ranges:
+    shard, start, length = np.array(rows, np.int64).reshape(-1, 3).T
+    return Ranges(shard, start, start + length)
+
+
+def touched(ranges: Ranges) -> dict[int, set[int]]:
+    """Every byte of every shard, in steps small enough to tell any two ranges apart."""
+    found: dict[int, set[int]] = defaultdict(set)
+    for shard, start, stop in zip(*(column.tolist() for column in vars(ranges).values()), strict=True):
+        found[shard] |= set(range(start, stop))
+    return {shard: found[shard] for shard in sorted(found)}
+
+
+@settings(deadline=None, max_examples=50)
+@given(rows=RANGES)
+def test_merging_and_cutting_keep_the_bytes(rows: list[tuple[int, int, int]]) -> None:
+    ranges = ranges_of(rows)
+    joined = merged(ranges)
+    assert touched(joined) == touched(ranges)
+    same = joined.shard[1:] == joined.shard[:-1]
+    assert (joined.start[1:][same] > joined.stop[:-1][same]).all()
+    assert joined.bytes == sum(map(len, touched(ranges).values()))
+    pieces = cut(joined, 8192)
+    assert touched(pieces) == touched(ranges)
+    assert not len(pieces) or (pieces.stop - pieces.start).max() <= 8192
+
+
+@given(rows=RANGES)
+def test_pages(rows: list[tuple[int, int, int]]) -> None:
+    ranges = ranges_of(rows)
+    outer, inner = pages(ranges), inner_pages(ranges)
+    for some in (outer, inner):
+        assert not (some.start % PAGE).any()
+        assert not (some.stop % PAGE).any()
+    assert ((outer.start <= ranges.start) & (outer.start > ranges.start - PAGE)).all()
+    assert ((outer.stop >= ranges.stop) & (outer.stop < ranges.stop + PAGE)).all()
+    assert inner.bytes <= ranges.bytes <= outer.bytes
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("patch", [1, 9, 16])
+def test_ranges_hold_the_crops(dataset: Path, scale: int, patch: int) -> None:
+    """Blank everything that is not asked for: crops are the same. Blank the ends of each range: they are not."""
+    shards = Shards(dataset)
+    planes = planes_of(shards, scale, patch)
+    crops = Plan(*shards.index.sizes(scale), patch, 3, augment=True).crops(0, np.arange(12))
+    for plane in planes:
+        ranges = plane.ranges(crops)
+        out = np.empty((12, plane.side, plane.side, 3), np.uint8)
+        plane.gather(crops, out)
+        for k in range(12):
+            image, shard = int(crops.image[k]), int(shards.index.shard[crops.image[k]])
+            data = np.fromfile(dataset / shards.index.shards[shard].file, np.uint8)
+            mine = plane.ranges(type(crops)(*(column[k : k + 1] for column in vars(crops).values())))
+            blank = np.zeros_like(data)
+            for start, stop in zip(mine.start, mine.stop, strict=True):
+                assert stop - start <= plane.side * 64 * 2 * 3 * 64
+                blank[start:stop] = data[start:stop]
+            view = shards.tiles(image, plane.scale)
+            offset = int(shards.index.planes[plane.scale].offset[image])
+            tiles = blank[offset : offset + view.size].reshape(view.shape)
+            whole = tiles.swapaxes(1, 2).reshape(view.shape[0] * view.shape[2], -1, 3)
+            top, left = int(crops.top[k]) * plane.zoom, int(crops.left[k]) * plane.zoom
+            crop = whole[top : top + plane.side, left : left + plane.side]
+            np.testing.assert_array_equal(transformed(crop, int(crops.transform[k])), out[k])
+            # the first and the last byte of each range belong to a pixel of the crop
+            mark = np.zeros_like(data)
+            mark[mine.start] = 1
+            mark[mine.stop - 1] = 1
+            marked = mark[offset : offset + view.size].reshape(view.shape).swapaxes(1, 2)
+            marked = marked.reshape(whole.shape)[top : top + plane.side, left : left + plane.side]
+            assert marked.sum() == mark.sum() == len(np.unique([mine.start, mine.stop - 1]))
+        assert ranges.bytes >= out.size
+    assert len(batch_ranges(planes, crops)) == sum(len(plane.ranges(crops)) for plane in planes)
+    assert planes[1].scale == HR
+
+
+def table(*lines: str) -> str:
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "network"),
+    [
+        ("/data/shards", "ext4", False),
+        ("/data/scratch/me", "lustre", True),
+        ("/data/scratch local/me", "xfs", False),
+        ("/home/me/remote", "fuse.sshfs", True),
+        ("/home/me/remotely", "nfs4", True),
+        ("/data/again", "tmpfs", False),
+    ],
+)
+def test_kinds_of_storage(monkeypatch: pytest.MonkeyPatch, folder: str, kind: str, network: bool) -> None:
+    mounts = table(
+        "21 1 8:1 / / rw - ext4 /dev/sda1 rw",
+        "22 21 0:41 / /data/scratch rw,relatime shared:7 - lustre 10.0.0.1@tcp:/scratch rw",
+        "23 21 8:2 / /data/scratch\\040local rw - xfs /dev/sdb rw",
+        "24 21 0:43 / /home rw - nfs4 server:/home rw",
+        "25 24 0:44 / /home/me/remote rw - fuse.sshfs me@there: rw",
+        "26 21 0:45 / /data/again rw - nfs server:/x rw",
+        "27 26 0:46 / /data/again rw - tmpfs tmpfs rw",
+    )
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: mounts)
+    assert storage.file_system(Path(folder)) == kind
+    assert storage.is_network(Path(folder)) is network
+
+
+def test_storage_without_a_mount_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing(self: Path, **_: str) -> str:
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert storage.file_system(tmp_path) == "unknown"
+    assert not storage.is_network(tmp_path)
+    assert storage.advice_limit(tmp_path) == storage.KERNEL_DEFAULT
+
+
+def test_the_watch_falls_silent_and_wakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [0, 0]
+    monkeypatch.setattr(storage, "storage_reads", lambda: (counts[0], counts[1]))
+    watch = storage.StorageWatch()
+
+    def looks(number: int) -> list[bool]:
+        return [watch.storage_in_use() for _ in range(number)]
+
+    for _ in range(100):  # reading goes on
+        counts[1] += 4096
+        assert watch.storage_in_use()
+    assert looks(watch.QUIET) == [True] * (watch.QUIET - 1) + [False]
+    counts[1] += 4096  # something was read after all
+    assert looks(watch.QUIET + 1) == [True] * watch.QUIET + [False]
+    counts[0] += 1  # a fault
+    found = looks(watch.ALARM + watch.QUIET + 1)
+    assert found == [True] * (watch.ALARM + watch.QUIET) + [False]
+    monkeypatch.setattr(storage, "storage_reads", lambda: None)
+    assert looks(2) == [True, True]
+
+
+def test_counts_of_the_system() -> None:
+    before = storage.storage_reads()
+    if before is None:
+        pytest.skip("this system does not count reads")
+    after = storage.storage_reads()
+    assert after is not None
+    assert all(b >= a >= 0 for a, b in zip(before, after, strict=True))
+
+
+def test_what_is_in_memory_is_not_asked_for(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = Shards(dataset)
+    crops = Plan(*shards.index.sizes(2), 16, 0, augment=True).crops(0, np.arange(8))
+    monkeypatch.setattr(storage.StorageWatch, "storage_in_use", lambda self: False)
+    reader = open_reader(shards, 2, 16, "mmap")
+    lr, hr = np.empty((8, 16, 16, 3), np.uint8), np.empty((8, 32, 32, 3), np.uint8)
+    reader.ask(crops).gather(lr, hr)
+    assert reader.asked.requests == 0
+    assert hr.any()
+    monkeypatch.setattr(storage.StorageWatch, "storage_in_use", lambda self: True)
+    reader.ask(crops)
+    assert reader.asked.requests > 0

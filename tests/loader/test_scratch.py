@@ -1,0 +1,98 @@
+"""What positional reads hold in memory before their turn is bounded in bytes, whatever the size of a batch."""
+
+import threading
+import tracemalloc
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import build, photograph, write_image
+
+from loader import PatchDataset, PatchLoader
+from loader.ahead import positional
+from loader.ahead.budget import SCRATCH, Room
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of many tiles, so that crops touch several rows of them."""
+    folder = tmp_path_factory.mktemp("wide")
+    for name in "ab":
+        write_image(folder / "in" / f"{name}.png", photograph(900, 1200, ord(name)))
+    return build(folder / "in", folder / "out", scales=(2,), container="raw")
+
+
+@pytest.mark.parametrize("batch_size", [8, 64])
+def test_memory_of_positional_reads(wide: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+    """As numpy accounts for it: all that is allotted, touched or not. Without a bound it is 4 times as much here."""
+    held, most = [0], [0]
+    take, give = Room.take, Room.give
+
+    def count(self: Room, size: int, change: Any) -> None:
+        change(self, size)
+        held[0] += size if change is take else -size
+        most[0] = max(most[0], held[0])
+
+    monkeypatch.setattr(Room, "take", lambda self, size: count(self, size, take))
+    monkeypatch.setattr(Room, "give", lambda self, size: count(self, size, give))
+    data = PatchDataset(wide, 2, 96)
+    tracemalloc.start()
+    try:
+        with iter(PatchLoader(data, batch_size, io="pread", readahead=1500 // batch_size)) as stream:
+            for _ in islice(stream, 5):
+                threading.Event().wait(0.2)  # reading has time to run ahead
+            peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert SCRATCH // 2 < most[0] <= SCRATCH + 64 * 4 * 256**2 * 3  # one batch may have been taken before `give`
+    assert peak < SCRATCH + 2 * 64 * 4 * 256**2 * 3
+
+
+def test_two_batches_always_fit() -> None:
+    room = Room(10)
+    for size in (100, 200):
+        room.take(size)
+    taken: list[int] = []
+    third = threading.Thread(target=lambda: (room.take(5), taken.append(5)), daemon=True)  # type: ignore[func-returns-value]
+    third.start()
+    third.join(0.2)
+    assert not taken
+    room.give(100)
+    third.join(60)
+    assert taken == [5]
+
+
+def test_a_closed_room_keeps_nobody_waiting() -> None:
+    room = Room(10)
+    for size in (100, 200):
+        room.take(size)
+    third = threading.Thread(target=lambda: room.take(5), daemon=True)
+    third.start()
+    room.close()
+    third.join(60)
+    assert not third.is_alive()
+    room.take(1000)
+
+
+def test_many_small_reads_are_asked_for_at_once(wide: Path) -> None:
+    """A bound in bytes does not keep reads of small patches from running far ahead."""
+    reader = positional.PositionalReader
+    asked = []
+    ask = reader.ask
+
+    def counted(self: Any, crops: Any) -> Any:
+        asked.append(len(crops.image))
+        return ask(self, crops)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "ask", counted)
+        with iter(PatchLoader(PatchDataset(wide, 2, 16), 8, io="pread", readahead=40)) as stream:
+            next(stream)
+            for _ in range(3000):
+                if len(asked) == 43:
+                    break
+                threading.Event().wait(0.02)
+    assert sum(asked) == 43 * 8
+    assert np.all(np.array(asked) == 8)

@@ -1,0 +1,155 @@
+"""The fused operations: the same values and gradients as plain torch, for every shape that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.cpu import fused
+from model.shufflemixer import ShuffleMixer
+
+pytestmark = pytest.mark.skipif(fused.kernel is None, reason="the kernel is not built, or not for this processor")
+
+SHAPES: list[tuple[dict[str, Any], tuple[int, int, int]]] = [
+    ({"features": 32, "kernel_size": 3, "scale": 2}, (2, 7, 11)),
+    ({"features": 32, "kernel_size": 3, "scale": 3}, (1, 40, 9)),  # two bands of lines
+    ({"features": 64, "kernel_size": 7, "scale": 4}, (1, 12, 20)),
+    ({"features": 64, "kernel_size": 7, "scale": 2}, (3, 3, 70)),  # two blocks of pixels; fewer lines than taps
+    ({"features": 96, "kernel_size": 5, "scale": 2, "mlp_ratio": 1}, (1, 6, 5)),
+    ({"features": 32, "kernel_size": 9, "scale": 4, "mlp_ratio": 3}, (1, 5, 4)),
+    ({"features": 32, "kernel_size": 7, "scale": 2}, (1, 1, 1)),
+]
+
+
+def step(network: ShuffleMixer, lr: Tensor, slope: Tensor) -> list[Tensor]:
+    """Output and gradients, of the input first."""
+    network.zero_grad()
+    lr = lr.clone().requires_grad_()
+    sr = network(lr)
+    torch.autograd.backward(sr, slope)
+    gradients = [leaf.grad for leaf in (lr, *network.parameters())]
+    assert all(gradient is not None for gradient in gradients)
+    return [sr.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+
+def example(config: dict[str, Any], shape: tuple[int, int, int]) -> tuple[ShuffleMixer, Tensor, Tensor]:
+    torch.manual_seed(0)
+    batch, height, width = shape
+    network = ShuffleMixer(**({"blocks": 1} | config))
+    with torch.no_grad():
+        for parameter in network.parameters():  # norms of ones and small biases would hide mistakes
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    scale = network.config.scale
+    return network, torch.rand(batch, 3, height, width), torch.randn(batch, 3, height * scale, width * scale)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[16, 8])
+def lanes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The kernel for processors with vectors of so many floats."""
+    if fused.start(request.param) is None:
+        pytest.skip("this processor has no such vectors")
+    yield
+    fused.start()
+
+
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize(("config", "shape"), SHAPES)
+def test_values_and_gradients_are_those_of_plain_torch(config: dict[str, Any], shape: tuple[int, int, int]) -> None:
+    network, lr, slope = example(config, shape)
+    got = step(network, lr, slope)
+    expected = step(network.double(), lr.double(), slope.double())
+    for value, truth in zip(got, expected, strict=True):
+        assert (value - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+def test_the_fused_operations_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, lr, slope = example(*SHAPES[0])
+    called: list[str] = []
+    for function in (fused.Mix, fused.Project, fused.Enlarge, fused.Depthwise):
+        backward = function.backward
+
+        def counted(*arguments: Any, name: str = function.__name__, backward: Any = backward) -> Any:
+            called.append(name)
+            return backward(*arguments)
+
+        monkeypatch.setattr(function, "backward", staticmethod(counted))
+    step(network, lr, slope)
+    assert sorted(called) == ["Depthwise"] * 2 + ["Enlarge"] + ["Mix"] * 4 + ["Project"]
+
+
+def test_results_do_not_depend_on_threads(one_thread: None) -> None:
+    network, _, _ = example({"features": 32, "kernel_size": 3, "scale": 2}, (2, 20, 24))
+
+    def weights(name: str) -> tuple[Tensor, Tensor]:
+        return network.get_parameter(f"{name}.weight"), network.get_parameter(f"{name}.bias")
+
+    norm = network.get_parameter("blocks.0.net.0.norm1.body.weight")
+    mlp = weights("blocks.0.net.0.mlp1.fc.0"), weights("blocks.0.net.0.mlp1.fc.2")
+    x, skip = torch.randn(2, 2, 32, 20, 24).unbind()
+    operations: dict[str, Callable[[], Tensor]] = {
+        "mix": lambda: fused.apply(fused.Mix, x, norm, *mlp[0], *mlp[1], skip),
+        "project": lambda: fused.apply(fused.Project, x.repeat(1, 2, 1, 1)[:, :48], *weights("blocks.0.conv.2"), skip),
+        "enlarge": lambda: fused.apply(fused.Enlarge, x, *weights("upsapling.0"), 2, None, None),
+        "to RGB": lambda: fused.apply(fused.Enlarge, x, *weights("upsapling.0"), 2, *weights("tail")),
+        "depthwise": lambda: fused.apply(fused.Depthwise, x, *weights("blocks.0.net.0.spatial")),
+    }
+    for name, operation in operations.items():
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            network.zero_grad()
+            out = operation()
+            torch.autograd.backward(out.sum())
+            # The tail's bias is left out: it is torch's own sum, which threads divide.
+            gradients = [p.grad for p in network.parameters() if p.grad is not None and p.numel() != 3]
+            results.append([out.detach(), *gradients])
+        for others in results[1:]:
+            assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True)), name
+
+
+def test_where_they_are_not_to_be_used() -> None:
+    x = torch.rand(1, 32, 4, 4)
+    assert fused.usable(x)
+    assert not fused.usable(x.double())
+    assert not fused.usable(x.bfloat16())
+    assert not fused.usable(x.to("meta"))
+    assert not fused.usable(x[:, :16])
+    assert not fused.usable(x[:0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not fused.usable(x)
+
+    def mapped(image: Tensor) -> Tensor:
+        assert not fused.usable(image[None])
+        return image
+
+    torch.vmap(mapped)(x)
+
+
+def test_memory_formats_do_not_matter() -> None:
+    network, lr, slope = example(*SHAPES[0])
+    expected = step(network, lr, slope)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    got = step(network, lr.contiguous(memory_format=torch.channels_last), slope.transpose(2, 3).mT)
+    for value, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_no_number_stays_none() -> None:
+    network, lr, _ = example(*SHAPES[0])
+    lr[0, 0, 3, 3] = float("nan")
+    with torch.inference_mode():
+        sr = network(lr)
+    assert sr[0].isnan().any()
+    assert sr[1].isfinite().all()

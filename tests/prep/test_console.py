@@ -1,0 +1,179 @@
+"""Commands as Unix tools: closed, broken and full standard streams, and what becomes of them in tests and notebooks."""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from helpers import build
+
+from prep.console.unix import UnixGroup, tell
+
+HEAD = "import sys, os, click\nfrom prep.console.unix import UnixCommand, UnixGroup, tell\n"
+LINES = (
+    HEAD
+    + """
+@click.command(cls=UnixCommand)
+@click.argument("count", type=int)
+def main(count):
+    for i in range(count):
+        click.echo(f"line {i}")
+    tell("told")
+main()
+"""
+)
+GROUP = (
+    HEAD
+    + """
+@click.group(cls=UnixGroup)
+def main(): pass
+@main.command(cls=UnixCommand)
+@click.argument("count", type=int)
+def lines(count):
+    for i in range(count):
+        print(f"line {i}")
+@main.command()
+def fail():
+    print("partly")
+    raise click.ClickException("of its own")
+@main.command()
+def descriptors():
+    file = os.open(os.devnull, os.O_RDONLY)
+    open(sys.argv[-1] if False else os.environ["TOLD"], "w").write(str(file))
+@main.command()
+def memory():
+    raise MemoryError("unable to allocate 9 TiB")
+@main.command()
+def bug():
+    tell("x" * 9)
+    raise OSError(28, "No space left on device", "some/file")
+main()
+"""
+)
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def shell(line: str, code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run a line of bash, in which $RUN is a command."""
+    return subprocess.run(
+        ["bash", "-c", line.replace("$RUN", '"$PYTHON" -c "$CODE"')],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=ENVIRONMENT | {"CODE": code, "PYTHON": sys.executable, **environment},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("code", "words"), [(LINES, ""), (GROUP, "lines")])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_is_gone(code: str, words: str, unbuffered: str) -> None:
+    """Many lines and few: a pipe breaks at a write, or when the last of it is flushed."""
+    for count in (1, 100_000):
+        ended = shell(
+            f"$RUN {words} {count} | true; echo ${{PIPESTATUS[0]}}", "import time; time.sleep(.3)\n" + code,
+            PYTHONUNBUFFERED=unbuffered,
+        )  # fmt: skip
+        assert ended.stdout.strip() == str(128 + signal.SIGPIPE)
+        assert ended.stderr in ("", "told\n")
+
+
+@pytest.mark.parametrize(("code", "words"), [(LINES, "9"), (LINES, "99999"), (GROUP, "lines 9"), (GROUP, "fail"),
+                                             (LINES, "--help"), (GROUP, "lines --help")])  # fmt: skip
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_device(code: str, words: str, unbuffered: str) -> None:
+    ended = shell(f"$RUN {words} > /dev/full", code, PYTHONUNBUFFERED=unbuffered)
+    assert ended.returncode == 1
+    assert "Error: standard output: No space left on device\n" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "Exception ignored" not in ended.stderr
+
+
+@pytest.mark.parametrize("stream", ["2>&-", "2>/dev/full", "2> >(true)"])
+def test_standard_error_is_no_reason_to_stop(stream: str) -> None:
+    assert shell(f"$RUN 2 {stream}", LINES).stdout == "line 0\nline 1\n"
+    assert shell(f"$RUN 2 {stream}; echo $?", LINES).stdout.endswith("1\n0\n")
+    assert shell(f"$RUN fail {stream}; echo $?", GROUP).stdout == "partly\n1\n"
+    assert shell(f"$RUN nothing-such {stream}; echo $?", GROUP).stdout == "2\n"
+
+
+def test_closed_streams_are_taken_by_no_file(tmp_path: Path) -> None:
+    told = tmp_path / "number"
+    for streams in ("2>&-", ">&- 2>&-", "<&- >&- 2>&-", "<&-", ">&-"):
+        ended = shell(f"$RUN descriptors {streams}", GROUP, TOLD=str(told))
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert int(told.read_text()) > 2
+        told.unlink()
+    assert shell("$RUN 3 >&-", LINES).returncode == 0
+
+
+def test_a_descriptor_that_an_import_got_is_not_written_to(tmp_path: Path) -> None:
+    """Standard error was closed when Python began, and a module opened a file before the command did anything."""
+    precious = tmp_path / "precious"
+    precious.write_text("")
+    code = f"import os; got = os.open({str(precious)!r}, os.O_RDWR); assert got == 2\n" + LINES
+    assert shell("$RUN 1 2>&-", code).stdout == "line 0\n"
+    assert precious.read_text() == ""
+
+
+def test_files_errors_are_not_those_of_standard_output() -> None:
+    ended = shell("$RUN bug", GROUP)
+    assert "some/file" in ended.stderr
+    assert "standard output" not in ended.stderr
+
+
+def test_too_little_memory_is_one_line() -> None:
+    ended = shell("$RUN memory", GROUP)
+    assert ended.returncode == 1
+    assert ended.stderr == "Error: expected enough memory, got none left (unable to allocate 9 TiB)\n"
+
+
+def test_names_that_the_locale_cannot_print() -> None:
+    code = HEAD + "main = UnixCommand('x', callback=lambda: print('\\u00fc \\u03a9 \\udce4'))\nmain()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, timeout=120, check=False,
+        env=ENVIRONMENT | {"PYTHONIOENCODING": "latin-1:strict"},
+    )  # fmt: skip
+    assert ended.stdout == b"\xfc \\u03a9 \\udce4\n"
+
+
+def test_streams_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in click's runner, pytest or a notebook; and the process's own are back afterwards."""
+
+    @click.group(cls=UnixGroup)
+    def main() -> None:
+        pass
+
+    @main.command()
+    def hello() -> None:
+        click.echo("out")
+        tell("err")
+
+    before = sys.stdout, sys.stderr
+    result = CliRunner().invoke(main, ["hello"])
+    assert (result.stdout, result.stderr, result.exit_code) == ("out\n", "err\n", 0)
+    monkeypatch.setattr(sys, "stdout", written := io.StringIO())
+    assert main.main(["hello"], standalone_mode=False) is None
+    assert written.getvalue() == "out\n"
+    monkeypatch.undo()
+    assert (sys.stdout, sys.stderr) == before
+
+
+def test_prep_itself(folder: Path, tmp_path: Path) -> None:
+    """The whole command, with each of the streams that a job may leave it with."""
+    dataset = build(folder, tmp_path / "out")
+    run = f"from prep.cli import main; main(['verify', {str(dataset)!r}, '--workers', '1'])"
+    ended = shell("$RUN 2>&-", run)
+    assert ended.returncode == 0
+    assert re.search("5 images in 3 shards, .*: all as recorded\n", ended.stdout)
+    ended = shell("$RUN > /dev/full", run)
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (
+        1, "Error: standard output: No space left on device",
+    )  # fmt: skip
+    assert shell("$RUN | true; echo ${PIPESTATUS[0]}", run).stdout == "141\n"

@@ -1,0 +1,57 @@
+"""A compiled kernel that is not of the sources beside it is left aside, and said to be."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+from loader.native import source_mark
+from loader.pixels.tiles import kernel
+
+pytestmark = pytest.mark.skipif(kernel is None, reason="the kernels are not built")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The packages, kernels and all."""
+    for name in ("loader", "model", "prep"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def imported(place: Path, name: str) -> str:
+    code = f"from loader.native import compiled; print(compiled({name!r}) is not None)"
+    words = [sys.executable, "-W", "always", "-c", code]
+    done = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=300, check=True)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["loader.pixels._gather", "model.cpu._mixing", "loader.resize._imresize"])
+def test_a_kernel_of_other_sources_is_left_aside(name: str, copy: Path) -> None:
+    source = copy / f"{name.replace('.', '/')}.c"
+    assert imported(copy, name) == "True\n"
+    source.write_bytes(source.read_bytes() + b"/* changed */\n")
+    said = imported(copy, name)
+    assert said.startswith("False\n")
+    assert f"RuntimeWarning: {source.parent}/{source.stem}." in said
+    assert "expected a kernel built from the sources beside it, got one of others; left aside until" in said
+    source.unlink()  # as where a wheel is installed
+    for header in source.parent.glob("_*.h"):
+        header.unlink()
+    assert imported(copy, name) == "True\n"
+
+
+def test_headers_count(tmp_path: Path) -> None:
+    (tmp_path / "_a.c").write_text("1")
+    first = source_mark(tmp_path, "_a")
+    (tmp_path / "_a_parts.h").write_text("2")
+    second = source_mark(tmp_path, "_a")
+    (tmp_path / "_b.c").write_text("3")
+    assert len({b"", first, second}) == 3
+    assert source_mark(tmp_path, "_a") == second
+    assert source_mark(tmp_path, "_c") == b""

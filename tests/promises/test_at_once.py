@@ -1,0 +1,195 @@
+"""Several at once: builds into one folder, and readers of a dataset that is being replaced."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers import Build, digests
+from helpers import build as typed_build
+
+import prep.build.lock
+from loader.dataset import PatchDataset
+from loader.errors import FormatError, ShardsError
+from loader.format.index import read_index
+from prep.build.lock import LOCK
+
+build: Build = typed_build
+
+
+def python(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """Another process, which runs some code with arguments."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from prep.build.lock import locked, share_lock
+if sys.argv[2] == "build":
+    with locked(Path(sys.argv[1]), print):
+        print("held", flush=True)
+        sys.stdin.read()
+else:
+    share_lock(Path(sys.argv[1]))
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(folder: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds a folder's lock: as a build, or as a worker of one."""
+    with python(HOLD, folder, kind) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_build_is_refused_until_the_first_one_ends_in_any_way(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with holder(out, "build") as process:
+        got = rf"process {process.pid} on .+, since \d+-\d+-\d+ .*"
+        with pytest.raises(
+            ShardsError, match=rf"{re.escape(str(out))}: expected no other build at work there, got {got}"
+        ):
+            build(folder, out)
+        assert [path.name for path in out.iterdir()] == [LOCK]
+        process.kill()
+        process.wait()
+        build(folder, out)
+    assert digests(out) == digests(build(folder, tmp_path / "undisturbed"))
+
+
+def test_a_build_waits_for_the_workers_of_one_that_was_killed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / LOCK).touch()
+    with holder(out, "worker") as process:
+        monkeypatch.setattr(prep.build.lock, "PATIENCE", 0.1)
+        with pytest.raises(ShardsError, match="expected no other build at work there"):
+            build(folder, out)
+        monkeypatch.setattr(prep.build.lock, "PATIENCE", 60.0)
+        threading.Timer(0.2, process.kill).start()
+        build(folder, out)
+        assert process.wait() < 0
+    assert not (out / LOCK).exists()
+
+
+def test_where_there_are_no_locks_a_build_goes_on_and_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lockf(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    notes: list[str] = []
+    build(folder, tmp_path / "out", note=notes.append)
+    assert notes == [f"{tmp_path / 'out'}: this file system has no locks: see to it that no other build writes here"]
+    assert not (tmp_path / "out" / LOCK).exists()
+
+
+TAKE_TURNS = """
+import os, sys, time
+from pathlib import Path
+from loader.errors import ShardsError
+from prep.build.lock import locked
+folder, taken, refused = Path(sys.argv[1]), 0, 0
+(folder.parent / str(os.getpid())).touch()
+while len(list(folder.parent.iterdir())) < 4:  # all begin together
+    time.sleep(0.001)
+while taken < 50:
+    try:
+        with locked(folder, print):
+            os.close(os.open(folder / "alone", os.O_CREAT | os.O_EXCL))
+            time.sleep(0.001)
+            os.unlink(folder / "alone")
+            taken += 1
+    except ShardsError:
+        refused += 1
+print(refused)
+"""
+
+
+def test_the_lock_is_held_by_one_though_its_file_comes_and_goes(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir()
+    processes = [python(TAKE_TURNS, tmp_path / "locked") for _ in range(3)]
+    refused = 0
+    for process in processes:
+        output, errors = process.communicate(timeout=120)
+        assert (process.returncode, errors) == (0, "")
+        refused += int(output)
+    assert refused
+    assert not list((tmp_path / "locked").iterdir())
+
+
+BUILD = "import sys; from prep.cli import main; main(['build-shards', *sys.argv[1:]])"
+
+
+def test_builds_that_race(folder: Path, tmp_path: Path) -> None:
+    words = ("--scale", 2, "--scale", 4, "--images-per-shard", 2, "--workers", 2, "--out", tmp_path / "out")
+    processes = [python(BUILD, folder, *words) for _ in range(3)]
+    ended = [(process.communicate(timeout=120), process.returncode) for process in processes]
+    assert 0 in [code for _, code in ended]
+    for (output, errors), code in ended:
+        if code:
+            assert re.search("expected no other build at work there, got (process|one that has just begun)", errors)
+            assert errors.count("\n") == 1
+        else:
+            assert re.match(r".*: (complete already, and unharmed: )?5 images in 3 shards", output), errors
+    assert digests(tmp_path / "out") == digests(build(folder, tmp_path / "undisturbed"))
+
+
+def test_readers_see_the_earlier_dataset_the_new_one_or_none(folder: Path, tmp_path: Path) -> None:
+    """The two have shards of the same names and lengths, and differ in the outermost pixels of LR."""
+    out = tmp_path / "out"
+
+    def samples(place: Path) -> str:
+        data = PatchDataset(place, scale=4, lr_patch=16, length=12)
+        return hashlib.sha256(b"".join(part.numpy().tobytes() for i in range(12) for part in data[i])).hexdigest()
+
+    borders = ("symmetric", "replicate")
+    made = {samples(build(folder, tmp_path / border, border=border)): border for border in borders}
+    assert len(made) == 2
+    assert len({tuple(shard.bytes for shard in read_index(tmp_path / border).shards) for border in borders}) == 1
+    failed: list[BaseException] = []
+
+    def rebuild() -> None:
+        try:
+            for i in range(12):
+                build(folder, out, border=borders[i % 2], overwrite=True)
+        except BaseException as error:
+            failed.append(error)
+
+    builder = threading.Thread(target=rebuild)
+    builder.start()
+    seen = {"none": 0, "symmetric": 0, "replicate": 0}
+    while builder.is_alive():
+        try:
+            seen[made[samples(out)]] += 1
+        except FormatError:
+            seen["none"] += 1
+    assert not failed
+    assert seen["symmetric"], seen
+    assert seen["replicate"], seen

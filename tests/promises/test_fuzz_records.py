@@ -1,0 +1,217 @@
+"""Journals, records, skipped.json and HDF5 link types, changed at random: refused, or taken for what they honestly say.
+
+As in tests/test_fuzz.py, input n of a seed is always the same, and `make fuzz` takes minutes.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from fuzzing import EDGES, change_json, fuzz, mutated, refused
+from helpers import build, photograph, write_image
+
+from loader.errors import FormatError
+from loader.format.index import read_index
+from prep.build.build import plan_shards
+from prep.build.journal import Journal, read_terms
+from prep.build.records import _dump, parse_record, parse_terms
+from prep.build.skipped import LIMIT, read_skipped
+from prep.build.staging import BUILD, RECORD, SKIPPED
+from prep.build.terms import differences, terms_of
+from prep.images.find import find_images
+from prep.shard.hdf5 import check_structure
+from prep.shard.shard import Recipe, ShardPlan
+
+WORDS = [*EDGES, b'"', b"[", b"{", b"]", b"}", b",", b":", b"-", b"1e9", b"9" * 5000, b"[" * 3000, b"\\u0000",
+         b"null", b"NaN", b"\xff", b'"../x"', b"true", b'"HR"', b'"\\ud800"', b"9223372036854775807"]  # fmt: skip
+Stopped = tuple[Path, list[ShardPlan]]
+
+
+@pytest.fixture(scope="module", params=["hdf5", "raw"])
+def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    """A folder in which a build was interrupted with two shards of two images finished, and its plan."""
+    place = tmp_path_factory.mktemp("stopped")
+    for i in range(6):
+        write_image(place / f"in/{i}.png", photograph(40 + i, 50, i))
+    (place / "in/3.png").write_bytes(b"no image")
+
+    def report(done: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"container": request.param, "tile": 16, "images_per_shard": 2}
+    with pytest.raises(KeyboardInterrupt):
+        build(place / "in", place / "out", skip_bad=True, report=report, **options)
+    recipe = Recipe((2, 4), resize="matlab-uint8", border="symmetric", **options)
+    return place / "out", plan_shards(find_images([place / "in"]), recipe, place / "out")
+
+
+def sealed(body: bytes) -> bytes:
+    return body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n"
+
+
+def changed(text: bytes, rng: random.Random) -> bytes:
+    """JSON with other values, or text with other bytes, most of it under a digest that fits."""
+    body = text.splitlines()[0]
+    if rng.random() < 0.3:
+        return mutated(text, rng, WORDS) if rng.random() < 0.2 else sealed(mutated(body, rng, WORDS))
+    top = json.loads(body)
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        if top:
+            change_json(top, rng)
+    return sealed(json.dumps(top).encode())
+
+
+def test_records(stopped: Stopped, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is found again is what was recorded; everything else is built anew."""
+    out, plans = stopped
+    journal = Journal(out, terms_of(plans))
+    honest = {plan.number: journal.find(plan) for plan in plans[:2]}
+    assert all(honest.values())
+    paths = {plan.number: out / (plan.file + RECORD) for plan in plans[:2]}
+    texts = {number: path.read_bytes() for number, path in paths.items()}
+
+    def make(rng: random.Random) -> tuple[int, bytes]:
+        number = rng.randrange(2)
+        return number, changed(texts[number], rng)
+
+    def meet(given: tuple[int, bytes]) -> str:
+        number, text = given
+        paths[number].write_bytes(text)
+        try:
+            found = journal.find(plans[number])
+        finally:
+            paths[number].write_bytes(texts[number])
+        try:
+            parse_record(text, "record")
+        except FormatError as error:
+            assert found is None
+            return refused(error, "record")
+        if found is None:
+            return "not believed"
+        record = honest[number]
+        assert record is not None
+        # Who may write a record may say why an image is bad, and nobody checks it; the rest follows from the shard.
+        assert [bad.image for bad in found.bad] == [bad.image for bad in record.bad]
+        assert [image.name for image in found.images] == [image.name for image in record.images]
+        assert found.shard == record.shard
+        assert [{s: (r.offset, r.crc32, r.source) for s, r in image.runs.items()} for image in found.images] == [
+            {s: (r.offset, r.crc32, r.source) for s, r in image.runs.items()} for image in record.images
+        ]
+        return "taken"
+
+    told = fuzz(f"records ({plans[0].recipe.container})", make, meet, capfd)
+    assert told["refused"]
+    assert told["not believed"]
+
+
+def test_terms(stopped: Stopped, capfd: pytest.CaptureFixture[str]) -> None:
+    out, plans = stopped
+    terms = terms_of(plans)
+    text = (out / BUILD).read_bytes()
+    assert read_terms(out, terms) == terms
+
+    def meet(given: bytes) -> str:
+        try:
+            found = parse_terms(given, BUILD)
+        except FormatError as error:
+            return refused(error, BUILD)
+        assert all(line.isprintable() and len(line) < 2500 for line in differences(terms, found, versions=True))
+        return "taken"
+
+    assert fuzz("terms", lambda rng: changed(text, rng), meet, capfd)["refused"]
+
+
+def test_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    entries = [{"image": f"{i}", "source": f"in/{i}.png", "reason": "expected an image, got none"} for i in range(3)]
+    path = tmp_path / SKIPPED
+
+    def make(rng: random.Random) -> bytes:
+        top = {"entries": json.loads(json.dumps(entries))}
+        change_json(top, rng)
+        text = json.dumps(top.get("entries")).encode()
+        return mutated(text, rng, WORDS) if rng.random() < 0.5 else text
+
+    def meet(given: bytes) -> str:
+        path.write_bytes(given)
+        try:
+            found = read_skipped(tmp_path)
+        except FormatError as error:
+            return refused(error, str(path))
+        assert all(type(value) is str for bad in found for value in vars(bad).values())
+        assert all(not bad.source.startswith("/") and ".." not in bad.source.split("/") for bad in found)
+        return "taken" if found else "refused"
+
+    told = fuzz("skipped.json", make, meet, capfd)
+    assert told["taken"]
+    assert told["refused"]
+    with path.open("wb") as file:
+        file.truncate(LIMIT + 1)
+    try:
+        assert read_skipped(tmp_path) == []
+    except FormatError as error:
+        refused(error, str(path))
+
+
+def test_hdf5_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Names in a shard replaced by links and objects of every kind, at random places: told, and nothing is opened."""
+    for i in range(4):
+        write_image(tmp_path / f"in/{i}.png", photograph(20, 20, i))
+    data = build(tmp_path / "in", tmp_path / "out", images_per_shard=30, tile=16)
+    index = read_index(data)
+    path, whole = data / index.shards[0].file, tmp_path / "whole"
+    shutil.copyfile(path, whole)
+    with h5py.File(tmp_path / "other.h5", "w") as other:
+        for plane in ("HR", "LR_bicubic/X2", "LR_bicubic/X4"):
+            for i in range(4):
+                other[f"{plane}/{i}"] = np.zeros((7, 7), np.uint8)
+    names = ["HR", "LR_bicubic", "LR_bicubic/X2", *(f"{plane}/{i}" for plane in ("HR", "LR_bicubic/X4") for i in "012")]
+
+    def meet(rng: random.Random) -> str:
+        shutil.copyfile(whole, path)
+        name = rng.choice(names)
+        kind = rng.choice(["soft", "cycle", "external", "own name", "virtual", "stored", "type", "group", "hard"])
+        with h5py.File(path, "r+") as file:
+            del file[name]
+            match kind:
+                case "soft":
+                    file[name] = h5py.SoftLink("/" + rng.choice(names))
+                case "cycle":
+                    file[name] = h5py.SoftLink("/" + name)
+                case "external":
+                    file[name] = h5py.ExternalLink(str(tmp_path / "other.h5"), "/" + name)
+                case "own name":
+                    file[name] = h5py.ExternalLink(path.name, "/" + rng.choice(names))
+                case "virtual":
+                    layout = h5py.VirtualLayout((20, 20, 3), np.uint8)
+                    layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "/HR/0", (20, 20, 3))
+                    file.create_virtual_dataset(name, layout)
+                case "stored":
+                    place = [(str(tmp_path / "other.h5"), 0, 1200)]
+                    file.create_dataset(name, (20, 20, 3), np.uint8, external=place)
+                case "type":
+                    file[name] = np.dtype(np.uint8)
+                case "group":
+                    file.create_group(name)
+                case _:
+                    file[name] = file["/"]
+        findings = list(check_structure(data, index, 0))
+        assert findings, (name, kind)
+        assert all("(7, 7" not in finding.text for finding in findings)
+        return kind
+
+    told = fuzz("HDF5 links", lambda rng: rng, meet, capfd)
+    assert sum(told.values()) >= 20
+
+
+def test_dump_and_parse_agree(stopped: Stopped) -> None:
+    out, plans = stopped
+    for plan in plans[:2]:
+        text = (out / (plan.file + RECORD)).read_bytes()
+        assert _dump(json.loads(text.splitlines()[0])) == text

@@ -1,0 +1,402 @@
+"""`verify` on datasets that a stranger made: it ends, opens nothing outside the folder, and prints nothing raw."""
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from helpers import build
+
+import loader.system.safefile
+import prep.shard.hdf5
+import prep.verify.sources
+from loader.errors import ShardsError
+from loader.format.index import dump_index, read_index
+from loader.format.layout import HR, Index
+from prep.cli import main
+from prep.shard.checksums import HOLE, _sparse, check_shard
+from prep.shard.hdf5 import check_structure
+
+PRIVATE = "private facts"
+
+
+def verify(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, ["verify", *map(str, arguments)])
+    assert "Traceback" not in result.output
+    assert result.exit_code != 1 or isinstance(result.exception, SystemExit), result.exception
+    assert all(line.isprintable() for line in result.output.splitlines() if "shard" in line), result.output
+    return result
+
+
+@contextmanager
+def watchdog(seconds: int = 120) -> Iterator[None]:
+    """Interrupt what waits for a pipe, in libhdf5 too."""
+
+    def bark(*_: object) -> None:
+        raise TimeoutError(f"still at it after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, bark)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def in_time(*arguments: object) -> Result:
+    with watchdog():
+        return verify(*arguments)
+
+
+def alone(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    """`prep verify` in a process of its own, which is killed if it does not end."""
+    return subprocess.run(
+        [sys.executable, "-m", "prep.cli", "verify", *map(str, arguments)],
+        capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def copy(dataset: Path, tmp_path: Path) -> Path:
+    shutil.copytree(dataset, tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def hdf5(folder: Path, tmp_path: Path) -> Path:
+    return build(folder, tmp_path / "data", images_per_shard=9)
+
+
+def rewrite(folder: Path, index: Index) -> None:
+    """Make the index record the shards as they are, but for what cannot be read."""
+    shards = []
+    for shard in index.shards:
+        data = (folder / shard.file).read_bytes()
+        shards.append(replace(shard, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
+    (folder / "index.json").write_bytes(dump_index(replace(index, shards=tuple(shards), sha256="")))
+
+
+def claim(folder: Path, length: int, number: int = 0) -> Path:
+    """Have the index say that a shard is so long."""
+    index = read_index(folder)
+    shards = list(index.shards)
+    shards[number] = replace(shards[number], bytes=length)
+    (folder / "index.json").write_bytes(dump_index(replace(index, shards=tuple(shards), sha256="")))
+    return folder / shards[number].file
+
+
+def test_an_index_that_claims_any_number_of_bytes(copy: Path) -> None:
+    path = claim(copy, 1 << 62)
+    ended = alone(copy)
+    assert ended.returncode == 1
+    assert (ended.stdout + ended.stderr).startswith((f"{path}: ", "Error: "))
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_sparse_file_of_the_length_that_an_index_claims(copy: Path) -> None:
+    path = claim(copy, 1 << 42)
+    try:
+        os.truncate(path, 1 << 42)
+    except OSError:
+        pytest.skip("this file system has no such long files")
+    ended = alone(copy)
+    assert ended.returncode == 1
+    assert "expected " in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_run_of_terabytes_that_are_not_on_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.write(bytes(5000))
+        os.truncate(path, 3 << 40)
+        assert _sparse(file.fileno()) is None or "a hole of" in str(_sparse(file.fileno()))
+        os.truncate(path, HOLE)
+        assert _sparse(file.fileno()) is None
+    small = tmp_path / "small"
+    small.write_bytes(b"x" * 9000)
+    descriptor = os.open(small, os.O_RDONLY)
+    assert _sparse(descriptor) is None
+    os.close(descriptor)
+
+
+def test_a_shard_cut_short_names_every_plane_that_is_gone(copy: Path) -> None:
+    index = read_index(copy)
+    path = copy / index.shards[0].file
+    os.truncate(path, 0)
+    findings = check_shard(copy, index, 0, lambda: None)
+    planes = int((index.shard == 0).sum()) * len(index.planes)
+    assert [("end of the file" in finding.text, finding.image is None) for finding in findings] == [
+        (False, True), *[(True, False)] * planes,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a device", "link away", "link to a pipe", "dangling link"])
+def test_in_place_of_a_shard(copy: Path, folder: Path, dataset: Path, tmp_path: Path, kind: str) -> None:
+    """Told by verify; repaired where a file can take its place. Nothing waits for a pipe."""
+    path = copy / read_index(copy).shards[0].file
+    outside = tmp_path / "outside"
+    path.rename(outside)
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "link to a device":
+            path.symlink_to("/dev/zero")
+        case "link away":
+            path.symlink_to(outside)
+        case "link to a pipe":
+            os.mkfifo(copy / "pipe")
+            path.symlink_to("pipe")
+        case _:
+            path.symlink_to("nowhere")
+    before = outside.read_bytes()
+    for arguments in ([], ["--quick"]):
+        ended = in_time(copy, *arguments)
+        assert ended.exit_code == 1
+        assert ended.stdout.startswith(f"{path}: "), ended.stderr
+        assert ended.stdout.count("\n") == 2
+    ended = in_time(copy, "--repair", "--source", folder)
+    assert ended.exit_code == (1 if kind == "folder" else 0), ended.stdout
+    if kind != "folder":
+        assert path.read_bytes() == (dataset / path.name).read_bytes()
+        assert not path.is_symlink()
+    assert outside.read_bytes() == before
+
+
+def test_a_link_within_the_folder_is_a_shard(copy: Path) -> None:
+    path = copy / read_index(copy).shards[0].file
+    path.rename(copy / "store")
+    path.symlink_to("store")
+    assert verify(copy).exit_code == 0
+
+
+def test_a_workshop_that_leads_elsewhere(copy: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").write_text("kept")
+    path = copy / read_index(copy).shards[0].file
+    for plant in (lambda p: p.symlink_to(tmp_path / "theirs"), lambda p: os.mkfifo(p), lambda p: p.write_text("x")):
+        plant(copy / "repair.part")
+        os.truncate(path, 5000)
+        assert verify(copy, "--repair", "--source", folder).exit_code == 0
+        assert not os.path.lexists(copy / "repair.part")
+        assert [file.name for file in (tmp_path / "theirs").iterdir()] == ["file"]
+
+
+Edit = Callable[[h5py.File, Path], None]
+
+
+def external_link(file: h5py.File, other: Path) -> None:
+    del file["HR/a"]
+    file["HR/a"] = h5py.ExternalLink(str(other), "/pixels")
+
+
+def external_link_to_a_pipe(file: h5py.File, other: Path) -> None:
+    del file["HR/a"]
+    file["HR/a"] = h5py.ExternalLink(str(other.with_name("pipe")), "/pixels")
+
+
+def external_group(file: h5py.File, other: Path) -> None:
+    del file["LR_bicubic"]
+    file["LR_bicubic"] = h5py.ExternalLink(str(other), "/group")
+
+
+def external_inner_group(file: h5py.File, other: Path) -> None:
+    del file["LR_bicubic/X4"]
+    file["LR_bicubic/X4"] = h5py.ExternalLink(str(other), "/group")
+
+
+def soft_link(file: h5py.File, other: Path) -> None:
+    file.move("HR/a", "hidden")
+    file["HR/a"] = h5py.SoftLink("/hidden")
+
+
+def soft_link_to_itself(file: h5py.File, other: Path) -> None:
+    del file["HR/a"]
+    file["HR/a"] = h5py.SoftLink("/HR/a")
+
+
+def soft_group(file: h5py.File, other: Path) -> None:
+    file.move("HR", "hidden")
+    file["HR"] = h5py.SoftLink("/hidden")
+
+
+def virtual(file: h5py.File, other: Path) -> None:
+    shape = file["HR/a"].shape
+    del file["HR/a"]
+    layout = h5py.VirtualLayout(shape, np.uint8, maxshape=(None, *shape[1:]))
+    source = h5py.VirtualSource(str(other.with_name("pipe")), "pixels", shape, np.uint8, maxshape=(None, *shape[1:]))
+    layout[: h5py.h5s.UNLIMITED] = source[: h5py.h5s.UNLIMITED]
+    file.create_virtual_dataset("HR/a", layout)
+
+
+def external_storage(file: h5py.File, other: Path) -> None:
+    shape = file["HR/a"].shape
+    del file["HR/a"]
+    place = [(str(other.with_name("pipe")), 0, h5py.h5f.UNLIMITED)]
+    file.create_dataset("HR/a", shape, np.uint8, external=place)
+
+
+def group(file: h5py.File, other: Path) -> None:
+    del file["HR/a"]
+    file.create_group("HR/a")
+
+
+def committed_type(file: h5py.File, other: Path) -> None:
+    del file["HR/a"]
+    file["HR/a"] = np.dtype(np.uint8)
+
+
+def reference(file: h5py.File, other: Path) -> None:
+    place = file["HR/b"].ref
+    del file["HR/a"]
+    file.create_dataset("HR/a", (128, 192, 3), h5py.ref_dtype, chunks=(64, 64, 3))[0, 0, 0] = place
+
+
+EDITS = [external_link, external_link_to_a_pipe, external_group, external_inner_group, soft_link, soft_link_to_itself,
+         soft_group, virtual, external_storage, group, committed_type, reference]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_hdf5_shard_that_leads_elsewhere(hdf5: Path, tmp_path: Path, edit: Edit) -> None:
+    """All but hard links to ordinary datasets is refused before it is followed: nothing else is opened."""
+    other = tmp_path / "other.h5"
+    with h5py.File(other, "w") as file:
+        file["pixels"] = np.zeros((7, 7), np.uint8)
+        file.create_group(f"group/{PRIVATE}")
+    os.mkfifo(tmp_path / "pipe")
+    index = read_index(hdf5)
+    with h5py.File(hdf5 / index.shards[0].file, "r+") as file:
+        edit(file, other)
+    rewrite(hdf5, index)
+    ended = in_time(hdf5, "--quick")
+    assert ended.exit_code == 1
+    assert "expected " in ended.stdout
+    assert PRIVATE not in ended.stdout
+    assert "(7, 7)" not in ended.stdout
+    if "link" in edit.__name__ or edit in (external_group, external_inner_group, soft_group):
+        kind = "a soft link" if "soft" in edit.__name__ else "an external link"
+        assert f"({kind}, which is not followed)" in ended.stdout
+    if edit in (virtual, external_storage):
+        assert "(one whose pixels are in other files)" in ended.stdout
+
+
+def test_what_is_opened_is_what_was_looked_at(hdf5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that is exchanged for a pipe after it was opened: libhdf5 waits for nobody."""
+    index = read_index(hdf5)
+    path = hdf5 / index.shards[0].file
+    real = loader.system.safefile.open_member
+
+    def exchanged(name: Path) -> int:
+        descriptor = real(name)
+        name.unlink()
+        os.mkfifo(name)
+        return descriptor
+
+    monkeypatch.setattr(prep.shard.hdf5, "open_member", exchanged)
+    with watchdog():
+        findings = list(check_structure(hdf5, index, 0))
+    assert all("cannot be opened" in finding.text for finding in findings)
+    assert path.is_fifo()
+
+
+def test_names_with_escape_sequences(copy: Path) -> None:
+    """In an index that a stranger wrote: its program, its images, its sources."""
+    index = read_index(copy)
+    name = "\x1b]0;owned\x07\x1b[2J\n\u202e"
+    names = [name, *list(index.name)[1:]]
+    plane = index.planes[HR]
+    from loader.format.layout import Strings
+
+    source = Strings([f"{name}/{i}.png" for i in range(len(names))])
+    changed = replace(
+        index, made_by=name, name=Strings(names), sha256="",
+        planes=index.planes | {HR: replace(plane, source=source, crc32=plane.crc32 ^ 1)},
+    )  # fmt: skip
+    (copy / "index.json").write_bytes(dump_index(changed))
+    for arguments in ([], ["--source", copy]):
+        result = verify(copy, *arguments)
+        assert result.exit_code == 1
+        assert all(line.isprintable() for line in result.output.splitlines())
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
+@pytest.mark.parametrize("when", ["looking", "reading"])
+def test_a_storage_that_fails_is_no_changed_source(
+    dataset: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, code: int, when: str
+) -> None:
+    """Sources on a mount that died: told as not compared, not as changed or gone; and not as all right either."""
+
+    def fail(path: Path) -> OSError:
+        return OSError(code, os.strerror(code), str(path))
+
+    if when == "reading":
+
+        def opened(path: Path) -> int:
+            raise fail(path)
+
+        monkeypatch.setattr(prep.verify.sources, "open_named", opened)
+    else:
+        stat = Path.stat
+
+        def looked_at(self: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+            if self.is_relative_to(folder):
+                raise fail(self)
+            return stat(self, follow_symlinks=follow_symlinks)
+
+        monkeypatch.setattr(Path, "stat", looked_at)
+    result = verify(dataset, "--source", folder)
+    assert result.exit_code == 1
+    *lines, last = result.stdout.splitlines()
+    assert len(lines) == 5
+    assert all(f"could not be read: {os.strerror(code)}" in line for line in lines)
+    assert "changed since" not in result.stdout
+    assert last.endswith(": nothing wrong found; 5 images could not be compared")
+
+
+def test_one_of_several_sources_that_fails(dataset: Path, folder: Path, tmp_path: Path) -> None:
+    """The right file is elsewhere: what cannot be read does not matter."""
+    (tmp_path / "first").mkdir()
+    for path in folder.iterdir():
+        os.mkfifo(tmp_path / "first" / path.name)
+    assert verify(dataset, "--source", tmp_path / "first", "--source", folder).exit_code == 0
+
+
+def test_arguments_that_are_empty(dataset: Path) -> None:
+    """An unset variable is not the working directory."""
+    for words in (["verify", ""], ["verify", dataset, "--source", ""], ["bench", ""]):
+        result = CliRunner().invoke(main, list(map(str, words)))
+        assert result.exit_code == 2
+        assert "a shell variable that is not set?" in result.output
+
+
+def test_repair_of_a_shard_whose_sources_cannot_be_read(
+    copy: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copy / read_index(copy).shards[0].file
+    os.truncate(path, 5000)
+
+    def opened(source: Path) -> int:
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(source))
+
+    monkeypatch.setattr(prep.verify.sources, "open_named", opened)
+    result = verify(copy, "--repair", "--source", folder)
+    assert result.exit_code == 1
+    assert f"{path}: not repaired: " in result.stdout
+    assert path.stat().st_size == 5000
+    with pytest.raises(ShardsError):
+        read_index(copy)

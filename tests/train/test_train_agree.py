@@ -1,0 +1,330 @@
+"""Ranks that see other files, have other settings or fail alone: they train one network, or all end with one error."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from helpers import ROOT, build, photograph, write_image
+from trainings import Nursery, command, finish, last, start
+
+from model.training import ranks as ranks_module
+from model.training import threads
+from model.training.progress import read_log
+from model.training.ranks import FAILURES, RanksError, joined, local_device, told
+from model.training.threads import chosen_by_user, own_cores, threads_of
+
+RANK_PROGRAM = """
+import os, sys, torch
+from loader.errors import ShardsError
+from model.training.ranks import RanksError, joined
+with joined("cpu") as ranks:
+    texts = ["", "ü" * 1000, "x"]
+    assert ranks.gather(texts[ranks.rank]) == texts[: ranks.world_size]
+    assert ranks.broadcast(b"12\\0" if ranks.first else b"") == b"12\\0"
+    assert ranks.broadcast(b"") == b""
+    assert ranks.decide(ranks.first) and not ranks.decide(not ranks.first)
+    ranks.agree("this", "same")
+    with ranks.united():
+        pass
+    sys.stdout.write(f"threads {torch.get_num_threads()}\\n")  # at once: ranks share the stream
+    sys.stdout.flush()
+    mode = sys.argv[1]
+    if mode == "fail" and ranks.rank == 1:
+        with ranks.united():
+            raise ShardsError("a cable is loose")
+    if mode == "fail":
+        with ranks.united():
+            pass
+    if mode == "agree":
+        ranks.agree("that", f"a 1\\nb {ranks.rank}")
+    if mode == "lost":
+        if ranks.rank == 1:
+            os._exit(7)
+        ranks.any_of(True)
+"""
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    """Where ranks come from."""
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+def errors(ends: list[tuple[int, str]]) -> list[str]:
+    """The errors that ranks ended with, all of them with code 1 or all with 2."""
+    assert {end for end, _ in ends} in ({1}, {2}), ends
+    said = "\n".join(text for _, text in ends)
+    assert "Traceback" not in said, said
+    return [line for line in said.splitlines() if line.startswith("Error: ")]
+
+
+def pick(*flags: str) -> str:
+    """Code that runs train.py with the rank's own of each value of these flags, as a|b."""
+    return (
+        f"import sys\nargs = sys.argv[1:]\nfor flag in {flags!r}:\n place = args.index(flag) + 1\n"
+        " args[place] = args[place].split('|')[rank]\ntrain.main(args)\n"
+    )
+
+
+def both(one: object, other: object) -> Path:
+    return Path(f"{one}|{other}")
+
+
+@pytest.fixture(scope="module")
+def begun(training_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 4 iterations, with checkpoints of 2 and 4."""
+    out = tmp_path_factory.mktemp("begun") / "a"
+    flags = ["--valid-shards", training_shards, "--validate-every", 2]
+    finish(start(command(training_shards, out, "--iterations", 4, "--checkpoint-every", 2, "--log-every", 1, *flags)))
+    return out
+
+
+def test_ranks_exchange_what_they_know(nursery: Nursery) -> None:
+    for ending in nursery.run([""], RANK_PROGRAM, 3):
+        assert ending == (0, "threads 1\n")  # as the tests' OMP_NUM_THREADS says
+
+
+def test_one_error_ends_all_ranks(nursery: Nursery) -> None:
+    (first, said), (second, silent) = nursery.run(["fail"], RANK_PROGRAM)
+    assert (first, second) == (1, 1)
+    assert said.splitlines()[-1].endswith("RanksError: rank 1: a cable is loose")
+    assert silent == "threads 1\n"
+
+
+def test_what_differs_between_ranks_is_named(nursery: Nursery) -> None:
+    (first, said), (second, _) = nursery.run(["agree"], RANK_PROGRAM)
+    assert (first, second) == (1, 1)
+    assert said.splitlines()[-1].endswith("that: expected the same in all ranks, got b 0 in rank 0 and b 1 in rank 1")
+
+
+def test_a_rank_that_dies_is_told(nursery: Nursery) -> None:
+    (first, said), (second, _) = nursery.run(["lost"], RANK_PROGRAM)
+    assert (first, second) == (1, 7)
+    assert "rank 0: lost the other ranks; one that failed says why" in said
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        "a damaged one",
+        *(pytest.param(one, marks=pytest.mark.long) for one in ("nothing", "an older one", "a newer one")),
+    ],
+)
+def test_the_first_rank_chooses_what_all_go_on_from(
+    there: str, begun: Path, training_shards: Path, tmp_path: Path, nursery: Nursery
+) -> None:
+    """Folders of each node's own: the others go on from the first one's checkpoint, whatever theirs holds."""
+    first, second = Path(shutil.copytree(begun, tmp_path / "first")), tmp_path / "second"
+    if there != "nothing":
+        shutil.copytree(begun, second)
+        newest = second / "checkpoints" / "iteration-00000004.pt"
+        (second / "checkpoints" / "last.pt").unlink()
+        if there == "an older one":
+            newest.unlink()
+            (second / "metrics.jsonl").unlink()
+        elif there == "a damaged one":
+            newest.write_bytes(newest.read_bytes()[:-9])
+        else:
+            newest.rename(newest.with_name("iteration-00000009.pt"))
+    flags = ["--iterations", 6, "--resume", "auto", "--valid-shards", training_shards, "--validate-every", 2]
+    ends = nursery.run(command(training_shards, both(first, second), *flags)[2:], pick("--out"))
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert "4 iterations done" in ends[0][1]
+    assert "iteration" not in ends[1][1]  # the first rank alone speaks
+    assert last(first)["iteration"] == 6
+    assert not list(second.glob("*.lock"))
+    assert [entry["iteration"] for entry in read_log(first / "metrics.jsonl") if "psnr_y" in entry] == [2, 4, 6]
+
+
+def test_other_images_in_one_rank_end_all(
+    training_shards: Path, photographs: Path, tmp_path: Path, nursery: Nursery
+) -> None:
+    others = Path(shutil.copytree(photographs, tmp_path / "others"))
+    write_image(others / "one.png", photograph(64, 80))
+    other = build(others, tmp_path / "other", scales=(2,))
+    words = command(both(training_shards, other), tmp_path / "a", "--iterations", 2)[2:]
+    (error,) = errors(nursery.run(words, pick("--shards")))
+    assert error.startswith("Error: datasets: expected the same in all ranks, got --shards ")
+    assert not (tmp_path / "a").exists()
+
+
+def test_images_that_one_rank_cannot_read_end_all(training_shards: Path, tmp_path: Path, nursery: Nursery) -> None:
+    words = command(both(training_shards, tmp_path / "absent"), tmp_path / "a", "--iterations", 2)[2:]
+    (error,) = errors(nursery.run(words, pick("--shards")))
+    assert error.startswith("Error: rank 1: ")
+    assert "absent" in error
+
+
+def test_other_settings_in_one_rank_end_all(training_shards: Path, tmp_path: Path, nursery: Nursery) -> None:
+    words = command(training_shards, tmp_path / "a", "--iterations", 2, "--learning-rate", "0.001|0.0001")[2:]
+    text = "expected the same in all ranks, got --learning-rate 0.001 in rank 0 and --learning-rate 0.0001 in rank 1"
+    assert errors(nursery.run(words, pick("--learning-rate"))) == [f"Error: settings: {text}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        # A shard that goes bad for one rank, pictures that the first one cannot draw, a checkpoint it cannot write.
+        ("if rank == 1: train.PatchLoader.__iter__ = lambda self: Broken()", "rank 1: a cable is loose"),
+        ("if rank == 0: train.draw_sheet = fails", "a cable is loose"),
+        ("if rank == 0: train.saving.save = fails", "a cable is loose"),
+        ("if rank == 1: model.training.validation.score_pairs = fails", "rank 1: a cable is loose"),
+        ("if rank == 1: train.from_checkpoint = fails", "rank 1: "),
+    ],
+)
+def test_what_fails_in_one_rank_ends_all(
+    change: str, text: str, begun: Path, training_shards: Path, tmp_path: Path, nursery: Nursery
+) -> None:
+    out = Path(shutil.copytree(begun, tmp_path / "a"))
+    flags = ["--resume", "auto", "--iterations", 1000, "--validate-every", 5, "--valid-shards", training_shards]
+    code = (
+        "import model.training.validation\nfrom loader import ShardsError\n"
+        "class Broken:\n def __next__(self):\n  raise ShardsError('a cable is loose')\n"
+        "def fails(*_, **__):\n raise ShardsError('a cable is loose')\n"
+        f"{change}\ntrain.main()"
+    )
+    (error,) = errors(nursery.run(command(training_shards, out, *flags)[2:], code))
+    assert text in error
+    assert "a cable is loose" in error
+    assert not (out / "train.lock").exists()
+
+
+def test_ranks_that_restored_other_weights_end(
+    begun: Path, training_shards: Path, tmp_path: Path, nursery: Nursery
+) -> None:
+    out = Path(shutil.copytree(begun, tmp_path / "a"))
+    code = (
+        "import torch\nrestore = train.from_checkpoint\n"
+        "def other(content, state, *rest):\n place = restore(content, state, *rest)\n"
+        " if rank: torch.nn.init.zeros_(state.ema.tail.bias)\n return place\n"
+        "train.from_checkpoint = other\ntrain.main()"
+    )
+    (error,) = errors(nursery.run(command(training_shards, out, "--resume", "auto", "--iterations", 6)[2:], code))
+    assert error.startswith("Error: weights, moments and iteration: expected the same in all ranks, got ")
+
+
+def test_a_rank_without_the_others_device_ends_all(training_shards: Path, tmp_path: Path, nursery: Nursery) -> None:
+    words = command(training_shards, tmp_path / "a", "--iterations", 2, "--device", "cpu|meta")[2:]
+    (error,) = errors(nursery.run(words, "import sys\nsys.argv[-1] = sys.argv[-1].split('|')[rank]\ntrain.main()"))
+    assert error.startswith("Error: --device cpu: rank 1: ")
+    assert "cannot use 'meta'" in error
+
+
+def test_cores_are_shared_by_the_ranks_that_have_them() -> None:
+    assert threads_of(0, ["a 0 1 2 3 4 5"]) == 6
+    assert threads_of(1, ["a 0 1 2 3", "a 0 1 2 3"]) == 2
+    assert threads_of(1, ["a 0 1", "a 0 1", "a 0 1"]) == 1
+    assert threads_of(0, ["a 0 1", "a 2 3", "b 0 1", "b 0 1"]) == 2  # a cluster gives each task its own
+    assert threads_of(2, ["a 0 1", "a 2 3", "b 0 1", "b 0 1"]) == 1
+    assert threads_of(0, ["a 0 1 2", "a 2 3 4"]) == 2
+    assert len(own_cores().split()) == 1 + len(os.sched_getaffinity(0))
+
+
+def test_whose_number_of_threads_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun sets it to 1 where the user did not; a shell or a wrapper may stand between torchrun and its ranks."""
+    processes: dict[tuple[int, str], bytes] = {}
+    monkeypatch.setattr(threads, "_of", lambda process, name: processes[process, name])
+    monkeypatch.setattr(os, "getppid", lambda: 30)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert not chosen_by_user()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert chosen_by_user()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    processes[30, "environ"] = b"A=1\0TORCHELASTIC_RUN_ID=x\0OMP_NUM_THREADS=1\0"
+    processes[30, "stat"] = b"30 (a) shell) S 20 1 1"
+    for outer, chosen in ((b"OMP_NUM_THREADS=1\0B=2", True), (b"B=2\0", False), (b"", False)):
+        processes[20, "environ"] = outer
+        assert chosen_by_user() == chosen
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert chosen_by_user()
+
+    def hidden(*_: object) -> bytes:
+        raise PermissionError
+
+    monkeypatch.setattr(threads, "_of", hidden)
+    assert chosen_by_user()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert not chosen_by_user()
+
+
+def test_ranks_do_not_take_each_others_cores(nursery: Nursery) -> None:
+    """Two ranks that a cluster started here have half of the cores each, unless the user said otherwise."""
+    code = (
+        "import os, torch\nfrom model.training.ranks import joined\ncores = len(os.sched_getaffinity(0))\n"
+        "torch.set_num_threads(cores)\n{}\n"
+        "with joined('cpu'):\n print(torch.get_num_threads() == {})\n"
+    )
+    for unset, expected in (("os.environ.pop('OMP_NUM_THREADS')", "max(1, cores // 2)"), ("", "cores")):
+        assert nursery.run([], code.format(unset, expected)) == [(0, "True\n")] * 2
+
+
+@pytest.mark.long
+def test_torchrun_does_not_decide_the_threads(tmp_path: Path) -> None:
+    """It says one thread where nobody said anything."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK_PROGRAM)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), ""]
+    cores = len(os.sched_getaffinity(0))
+    for given, expected in ((None, max(1, cores // 2)), (str(cores), cores), ("1", 1)):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
+        environment |= {"OMP_NUM_THREADS": given} if given else {}
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        assert sorted(done.stdout.split()) == sorted(["threads", str(expected)] * 2)
+
+
+def test_no_rank_touches_the_gpu_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen through stand-ins for CUDA: the device at hand is chosen before anything is allocated."""
+    touched: list[Any] = []
+    zeros = torch.zeros
+
+    def allocate(*size: int, device: Any = None) -> torch.Tensor:
+        touched.append(torch.device(device))
+        return zeros(*size)
+
+    monkeypatch.setattr(torch, "zeros", allocate)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", touched.append)
+    for name in ("auto", "cuda"):
+        assert local_device(name, 1) == torch.device("cuda:1")
+    assert local_device("cuda:0", 1) == torch.device("cuda:0")  # who names one gets it
+    assert touched == [torch.device("cuda:1")] * 4 + [torch.device("cuda:0")] * 2
+    with pytest.raises(click.BadParameter, match="rank 2 of this machine has none of its 2 GPUs"):
+        local_device("auto", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert local_device("auto", 5) == torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+def test_places_that_are_no_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "two")
+    with pytest.raises(click.UsageError, match=f"{name}: expected a whole number, got 'two'"), joined("cpu"):
+        pass
+
+
+def test_errors_are_told_in_one_line() -> None:
+    cases: list[tuple[Callable[[], Exception], str]] = [
+        (lambda: OSError(28, "No space left on device", b"a\xff\n"), "a\\udcff\\n: No space left on device"),
+        (MemoryError, "out of memory"),
+        (lambda: click.UsageError("a\nb"), "a\\nb"),
+        (lambda: RanksError("\x1b[2J"), "\\x1b[2J"),
+        (lambda: OSError("x"), "x"),
+        (RanksError, "RanksError"),
+    ]
+    for make, text in cases:
+        assert isinstance(make(), FAILURES)
+        assert told(make()) == text
+    assert not ranks_module._is_loss(RuntimeError("a mistake in the program"))
