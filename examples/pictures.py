@@ -14,7 +14,7 @@ from pathlib import Path
 from demo import command
 from PIL import Image
 
-from prep.sample import sample_photographs
+from prep.images.sample import sample_photographs
 
 SCALE = 2
 HELD_ASIDE = ("motorcycle_left", "motorcycle_right")  # one scene, seen from two positions

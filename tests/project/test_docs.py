@@ -20,9 +20,8 @@ from functools import cached_property
 from pathlib import Path
 
 import pytest
-from conftest import photograph, write_image
+from helpers import ROOT, photograph, write_image
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "slurm" / "README.md"]
 RUN = PAGES[:-1]
 LINKED = sorted({*PAGES, *ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md"})
@@ -137,7 +136,7 @@ class Server:
                     rows.append(line)
                 elif rows:  # a help text below its flags
                     rows[-1] += line
-            options = {}
+            options: dict[str, str] = {}
             for row in rows:
                 default = re.search(r"\[default: ([^;\]]*)", row)
                 names = re.split(r"\s{2,}", row.strip())[0]
@@ -367,6 +366,20 @@ def test_commands_and_python_run(path: Path, after_readme: Path, server: Server,
         shutil.copytree(after_readme, folder, symlinks=True)
         (folder / "cat_x4.png").unlink()
         run_page(read(path), folder, server)
+
+
+def test_the_tree_of_rooms_is_complete() -> None:
+    """Every folder and module of loader/, prep/ and model/, two levels deep, and nothing else."""
+    block = next(block.text for block in read(ROOT / "docs" / "architecture.md").blocks if "loader/  " in block.text)
+    said, part = set(), ""
+    for line in block.splitlines():
+        name = line.split()[0]
+        part = part if line.startswith("  ") else name
+        if part in ("loader/", "prep/", "model/") and name != part:
+            said.add(part + name)
+    there = {path.relative_to(ROOT) for part in ("loader", "prep", "model") for path in (ROOT / part).glob("*.py")}
+    there |= {path.parent.relative_to(ROOT) for path in ROOT.glob("[lpm]*/*/__init__.py")}
+    assert said == {f"{path}{'' if path.suffix else '/'}" for path in there if path.name != "__init__.py"}
 
 
 def test_all_that_is_made_smaller_is_said_somewhere() -> None:
