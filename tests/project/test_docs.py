@@ -259,18 +259,14 @@ def wrong_flags(words: list[str], server: Server) -> list[str]:
 
 
 def wrong_spans(page: Page, server: Server) -> list[str]:
-    """Flags and files named within lines that do not exist."""
+    """Flags named within lines that do not exist."""
     everywhere = set().union(*(server.options(command) for command in COMMANDS), *FOREIGN.values())
-    wrong = [f"{flag} in `{span}`" for span in page.spans for flag in FLAG.findall(span) if flag not in everywhere]
-    for span in page.spans:
-        if PATHS.fullmatch(span) and not list(ROOT.glob(span.rstrip("/"))):
-            wrong.append(f"`{span}` does not exist")
-    return wrong
+    return [f"{flag} in `{span}`" for span in page.spans for flag in FLAG.findall(span) if flag not in everywhere]
 
 
 def wrong_links(page: Page) -> list[str]:
-    """Links to files or headings that do not exist."""
-    wrong = []
+    """Links to files or headings that do not exist, and paths in code that do not."""
+    wrong = [span for span in page.spans if PATHS.fullmatch(span) and not list(ROOT.glob(span.rstrip("/")))]
     for target in re.findall(r"\]\(([^)\s]+)\)", page.prose):
         if target.startswith(("https://", "http://")):
             continue
@@ -302,13 +298,13 @@ def wrong_tables(page: Page, server: Server) -> list[str]:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_blocks_flags_and_paths(path: Path, server: Server) -> None:
+def test_blocks_and_flags(path: Path, server: Server) -> None:
     page = read(path)
     assert wrong_blocks(page, server) + wrong_spans(page, server) + wrong_tables(page, server) == []
 
 
 @pytest.mark.parametrize("path", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links(path: Path) -> None:
+def test_links_and_paths(path: Path) -> None:
     assert wrong_links(read(path)) == []
 
 
