@@ -1,7 +1,7 @@
 """Make docs/pictures/comparison.png, the picture of README.md: train on sample photographs, enlarge one held aside.
 
-`python examples/pictures.py` takes about ten minutes. Photographs, shards and the run stay in
-demo/pictures/ in the checkout. Each step is a command that you could type; it is printed before it runs.
+`python examples/pictures.py` takes about ten minutes. Photographs, shards and the run stay in demo/pictures/ in the
+checkout. Each step is a command that you could type; it is printed before it runs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 import time
 from pathlib import Path
 
+import click
 from demo import command
 from PIL import Image
 
@@ -36,8 +37,9 @@ SHEET = WORK / "sheet.png"
 PICTURE = Path("docs") / "pictures" / "comparison.png"
 
 
+@click.command()
 def main() -> None:
-    """Train, draw the sheet, and store it as a small PNG."""
+    """Make docs/pictures/comparison.png: train, enlarge, draw, and store a small PNG."""
     started = time.perf_counter()
     os.chdir(Path(__file__).resolve().parent.parent)
     shutil.rmtree(WORK, ignore_errors=True)
