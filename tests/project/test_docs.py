@@ -26,6 +26,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "slur
 RUN = PAGES[:-1]
 LINKED = sorted({*PAGES, *ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md"})
 LANGUAGES = {"sh", "python", "text"}
+WIDEST = 100
 NEEDS = {"cluster", "download", "gpus", "install"}
 
 # What pages say, and what the test runs in its place. Flags of the page come later, and so win.
@@ -229,6 +230,7 @@ def wrong_blocks(page: Page, server: Server) -> list[str]:
     for block in page.blocks:
         if block.language not in LANGUAGES or not set(block.needs.split(", ")) <= {"", *NEEDS}:
             wrong.append(f"line {block.line}: expected {LANGUAGES} and {NEEDS}, got {block.language}, {block.needs}")
+        wrong += [f"wider than GitHub's column: {line}" for line in block.text.splitlines() if len(line) > WIDEST]
         if block.language == "sh":
             checked = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, check=False)
             wrong += [checked.stderr] if checked.returncode else []
@@ -399,6 +401,7 @@ def test_the_readme_is_short_and_its_pictures_small() -> None:
         "```sh\nprep info DIR && python -m model.evaluate --bicubics\n```\n",
         "<!-- needs: gpus -->\n```sh\ntorchrun --standalone train.py --iteration 3\n```\n",
         "<!-- needs: cluster -->\n```sh\nSTAGE=1 sbatch --node=2 slurm/train.sbatch --shards DIR\n```\n",
+        f"```text\n{'-' * 101}\n```\n",
         "<!-- needs: patience -->\n```sh\nprep info DIR\n```\n",
         "<!-- needs: gpus -->\n\n```sh\nprep info DIR\n```\n",
         "<!-- needs: gpus -->\n```sh\nfor (\n```\n",
