@@ -60,7 +60,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 # Runs commands as processes forked from one that has the large imports behind it.
 SERVER = """
 import json, os, runpy, sys, tempfile, traceback, warnings
-import click.formatting, cv2, h5py, numpy, PIL.Image, torch, tqdm
+import click.formatting, cv2, h5py, numpy, PIL.Image, torch, torch._dynamo, torch.utils.tensorboard, tqdm
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot
