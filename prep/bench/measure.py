@@ -1,11 +1,10 @@
-"""Will my storage keep up? What a dataset's storage gives; see prep.bench.advice for what follows from it."""
+"""Will my storage keep up? What a dataset's storage gives; see prep.bench.report for what follows from it."""
 
 import errno
 import os
 import statistics
 import time
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
 from itertools import cycle
@@ -26,101 +25,102 @@ from loader.plan import Crops, Plan
 from loader.system.filesystem import file_system, is_network
 from loader.system.free_memory import available_memory
 from loader.system.limits import startable_threads
-from prep.bench.advice import WAYS, Need, Report, Way
+from loader.system.threads import in_threads
+from prep.bench.report import IO_MODES, IoMode, Measurements, Workload
 
 REQUEST = 64 << 10  # bytes: about what one row of tiles of an HR crop takes
 WARM_BATCHES = 8
 
 
-def measure(folder: Path, need: Need, seconds: float) -> Report:
+def measure(folder: Path, workload: Workload, seconds: float) -> Measurements:
     """Measure for about so many seconds. A way of reading that does not work here is left out, and said to be.
 
     Raises:
         ShardsError: the folder holds no dataset with that scale, or no image large enough; or it cannot be read.
     """
     shards = Shards(folder)
-    shards.need_scale(need.scale)
-    plan = Plan(*shards.index.sizes(need.scale), need.lr_patch, seed=int(time.time()), augment=True)
+    shards.need_scale(workload.scale)
+    plan = Plan(*shards.index.sizes(workload.scale), workload.lr_patch, seed=int(time.time()), augment=True)
     if not plan.positions:
-        side = need.lr_patch * need.scale
+        side = workload.lr_patch * workload.scale
         raise ShardsError(f"{folder}: expected an image of {side} × {side} pixels or more for such patches, got none")
     try:
-        return _measure(shards, plan, need, seconds)
+        return _measure(shards, plan, workload, seconds)
     except OSError as error:
         raise ShardsError(f"{folder}: expected storage that can be read, got {error.strerror or error}") from None
 
 
-def _measure(shards: Shards, plan: Plan, need: Need, seconds: float) -> Report:
+def _measure(shards: Shards, plan: Plan, workload: Workload, seconds: float) -> Measurements:
     folder, index, share = shards.folder, shards.index, seconds / 7
     # Half of the dataset at most: soon after that, crops would come from pages that others brought.
-    side = need.lr_patch * need.scale
-    fresh = max(1, int(index.height @ index.width) // (2 * side * side * need.batch_size))
-    forgotten = forget(shards)
+    side = workload.lr_patch * workload.scale
+    fresh = max(1, int(index.height @ index.width) // (2 * side * side * workload.batch_size))
+    evicted = evict(shards)
     latency = read_latency(folder, index, share / 2)
-    forget(shards)
+    evict(shards)
     random_rate = read_rate(folder, index, share)
-    rates: dict[Way, tuple[float, float]] = {}
-    left_out: dict[str, str] = {}
-    for number, way in enumerate(WAYS):
-        if text := short_of_memory(index, need, way) or (short_of_threads(need) if way == "pread" else None):
-            left_out[way] = text
+    rates: dict[IoMode, tuple[float, float]] = {}
+    not_measured: dict[str, str] = {}
+    for number, io in enumerate(IO_MODES):
+        if text := short_of_memory(index, workload, io) or (short_of_threads(workload) if io == "pread" else None):
+            not_measured[io] = text
             continue
-        forget(shards)
+        evict(shards)
         # Each trial draws from an epoch of its own: no crop was read before.
-        draws = (partial(_draw, plan, number, step, need.batch_size) for step in range(fresh))
-        again = cycle([partial(_draw, plan, 9, step, need.batch_size) for step in range(WARM_BATCHES)])
+        draws = (partial(_draw, plan, number, step, workload.batch_size) for step in range(fresh))
+        again = cycle([partial(_draw, plan, 9, step, workload.batch_size) for step in range(WARM_BATCHES)])
         try:
-            cold = patch_rate(folder, need, way, draws, share)
-            rates[way] = cold, patch_rate(folder, need, way, again, share, skip=WARM_BATCHES)
+            cold = patch_rate(folder, workload, io, draws, share)
+            rates[io] = cold, patch_rate(folder, workload, io, again, share, skip=WARM_BATCHES)
         except (ShardsError, MemoryError, RuntimeError) as error:
             # Files that cannot be mapped (FUSE with direct_io), or too little room for maps or threads (ulimit -v).
-            left_out[way] = str(error) or "memory is short"
+            not_measured[io] = str(error) or "memory is short"
     if not rates:
-        reasons = [f"io={way!r}: {reason}" for way, reason in left_out.items()]
+        reasons = [f"io={io!r}: {reason}" for io, reason in not_measured.items()]
         raise ShardsError("\n  ".join([f"{folder}: expected a way of reading that works, got none:", *reasons]))
-    return Report(
+    return Measurements(
         file_system=file_system(folder),
         network=is_network(folder),
         dataset_bytes=sum(shard.bytes for shard in index.shards),
         free_memory=available_memory() or 0,
         latency_ms=latency * 1000,
         random_mb_per_second=random_rate / 1e6,
-        forgotten=forgotten,
-        cold={way: cold for way, (cold, _) in rates.items()},
-        warm={way: warm for way, (_, warm) in rates.items()},
-        needed=need.patches_per_second,
-        left_out=left_out,
+        evicted=evicted,
+        cold={io: cold for io, (cold, _) in rates.items()},
+        warm={io: warm for io, (_, warm) in rates.items()},
+        needed=workload.patches_per_second,
+        not_measured=not_measured,
     )
 
 
-def short_of_memory(index: Index, need: Need, way: Way, free: int | None = None) -> str | None:
+def short_of_memory(index: Index, workload: Workload, io: IoMode, free: int | None = None) -> str | None:
     """Why there is too little memory for a way of reading, None where there is enough.
 
     Mapped pages count for nothing, since the system drops them; positional reads keep the tiles of each batch ahead.
 
     Args:
-        index, need, way: what is to be read, and how.
+        index, workload, io: what is to be read, and how.
         free: bytes of memory there are; None: what the system says.
     """
-    sides = {HR: need.lr_patch * need.scale, need.scale: need.lr_patch}
-    crops = need.batch_size * CHANNELS * sum(side**2 for side in sides.values())
-    tiles = need.batch_size * CHANNELS * sum((side + 2 * index.planes[s].tile) ** 2 for s, side in sides.items())
-    ahead = default_readahead(need.batch_size) + need.threads + 2
-    wanted = (need.threads + 3) * crops + (ahead * tiles if way == "pread" else 0)
+    sides = {HR: workload.lr_patch * workload.scale, workload.scale: workload.lr_patch}
+    crops = workload.batch_size * CHANNELS * sum(side**2 for side in sides.values())
+    tiles = workload.batch_size * CHANNELS * sum((side + 2 * index.planes[s].tile) ** 2 for s, side in sides.items())
+    ahead = default_readahead(workload.batch_size) + workload.threads + 2
+    wanted = (workload.threads + 3) * crops + (ahead * tiles if io == "pread" else 0)
     free = available_memory() if free is None else free
     if free is None or wanted <= free:
         return None
     return f"expected {wanted / 1e6:,.0f} MB of memory, got {free / 1e6:,.0f} MB; a smaller --batch-size needs less"
 
 
-def short_of_threads(need: Need) -> str | None:
+def short_of_threads(workload: Workload) -> str | None:
     """Why there cannot be the many threads that positional reads take; None where there can."""
-    wanted = need.threads + 2 + READ_THREADS
+    wanted = workload.threads + 2 + READ_THREADS
     found = startable_threads(wanted)
     return None if found == wanted else f"expected room for {wanted} threads, got {found} (see ulimit -u and -v)"
 
 
-def forget(shards: Shards) -> float | None:
+def evict(shards: Shards) -> float | None:
     """Ask the system to drop the shards' pages; the share of some pages that are gone, None where it does not tell."""
     rng = np.random.default_rng(0)
     gone: list[bool] = []
@@ -157,7 +157,6 @@ def read_latency(folder: Path, index: Index, seconds: float) -> float:
 
 def read_rate(folder: Path, index: Index, seconds: float) -> float:
     """Bytes per second of scattered reads of REQUEST bytes, READ_THREADS at once."""
-    start = time.perf_counter()
 
     def read(number: int) -> int:
         done = 0
@@ -170,33 +169,30 @@ def read_rate(folder: Path, index: Index, seconds: float) -> float:
 
     threads = startable_threads(READ_THREADS)
     start = time.perf_counter()
-    if threads == 0:
-        return read(0) / (time.perf_counter() - start)
-    with ThreadPoolExecutor(threads) as pool:
-        total = sum(pool.map(read, range(threads)))
+    total = sum(in_threads(read, range(max(threads, 1)), threads))
     return total / (time.perf_counter() - start)
 
 
 def patch_rate(
-    folder: Path, need: Need, way: Way, draws: Iterator[Callable[[], Crops]], seconds: float, skip: int = 0
+    folder: Path, workload: Workload, io: IoMode, draws: Iterator[Callable[[], Crops]], seconds: float, skip: int = 0
 ) -> float:
     """Patches per second that the loader gives in so many seconds, without the first `skip` batches."""
     room = Room()
-    reader = open_reader(Shards(folder), need.scale, need.lr_patch, way, room=room)
-    readahead = default_readahead(need.batch_size)
+    reader = open_reader(Shards(folder), workload.scale, workload.lr_patch, io, room=room)
+    readahead = default_readahead(workload.batch_size)
     given, start = -skip, time.perf_counter()
 
     def take(shape: tuple[int, ...]) -> tuple[None, Pixels]:
         return None, np.empty(shape, np.uint8)
 
-    with closing(Pipeline(reader, draws, lambda draw: draw(), readahead, need.threads, take, room)) as batches:
+    with closing(Pipeline(reader, draws, lambda draw: draw(), readahead, workload.threads, take, room)) as batches:
         for _ in batches:
             given += 1
             if given == 0:
                 start = time.perf_counter()
             elif given > 0 and time.perf_counter() - start > seconds:
                 break
-    return given * need.batch_size / (time.perf_counter() - start)
+    return given * workload.batch_size / (time.perf_counter() - start)
 
 
 def _places(folder: Path, index: Index, size: int, seed: int = 0) -> Generator[tuple[int, int], None, None]:

@@ -1,6 +1,7 @@
 """The `bench` command."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -29,12 +30,14 @@ def bench(
 ) -> None:
     """Will the storage of the dataset at DIR keep up with training?"""
     from loader.format.index import read_index
-    from prep.bench.advice import Need, advice, report_lines
     from prep.bench.measure import measure
+    from prep.bench.report import Workload, recommendation, report_lines
 
-    need = Need(max(read_index(folder).scales) if scale is None else scale, lr_patch, batch_size, step_ms, threads)
-    report = measure(folder, need, seconds)
+    workload = Workload(
+        max(read_index(folder).scales) if scale is None else scale, lr_patch, batch_size, step_ms, threads
+    )
+    measured = measure(folder, workload, seconds)
     if as_json:
-        click.echo(json.dumps(vars(report) | {"advice": advice(report, folder)}, indent=1))
+        click.echo(json.dumps(asdict(measured) | {"advice": recommendation(measured, folder)}, indent=1))
     else:
-        click.echo("\n".join(report_lines(report, need, folder)))
+        click.echo("\n".join(report_lines(measured, workload, folder)))

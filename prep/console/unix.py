@@ -1,7 +1,7 @@
 """Commands that behave as other Unix tools do: closed and broken streams, full devices, errors in one line.
 
-While a command runs, writes to standard output raise `OutputError`, which nothing mistakes for trouble with a file, and
-writes to standard error never fail. Streams that somebody else put in place (pytest, a notebook) are left alone.
+While a command runs, writes to standard output raise `_OutputError`, which nothing mistakes for trouble with a file,
+and writes to standard error never fail. Streams that somebody else put in place (pytest, a notebook) are left alone.
 """
 
 import errno
@@ -19,8 +19,11 @@ STANDARD_STREAMS = (0, 1, 2)
 NO_THREAD = "can't start new thread"  # what Python says
 
 
-class OutputError(Exception):
-    """Standard output takes no more: its reader is gone, or its device is full. No OSError, so no handler eats it."""
+class _OutputError(Exception):
+    """Standard output takes no more: its reader is gone or its device is full.
+
+    A signal to `UnixCommand`, not an error for callers: handlers of OSError and ShardsError must not catch it.
+    """
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"standard output: {error.strerror}")
@@ -63,7 +66,7 @@ class UnixCommand(click.Command):
                     raise
                 sys.stdout.flush()
                 return result
-            except OutputError as error:
+            except _OutputError as error:
                 if error.errno == errno.EPIPE:
                     _die_of_sigpipe()
                 tell(f"Error: {error}")
@@ -83,7 +86,7 @@ class UnixGroup(UnixCommand, click.Group):
 
 
 class _Output(io.FileIO):
-    """Standard output: the first error is raised as OutputError, and what comes later is dropped."""
+    """Standard output: the first error is raised as _OutputError, and what comes later is dropped."""
 
     _broken = False
 
@@ -94,7 +97,7 @@ class _Output(io.FileIO):
             return super().write(data)
         except OSError as error:
             self._broken = True
-            raise OutputError(error) from None
+            raise _OutputError(error) from None
 
 
 class _Errors(io.FileIO):
@@ -115,7 +118,7 @@ def _unix_streams() -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OutputError):
+        with suppress(_OutputError):
             sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before

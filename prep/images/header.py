@@ -4,14 +4,11 @@ The first bytes tell the kind of file, and mostly its size in pixels. Only then 
 such an image can be worth.
 """
 
-import functools
 import io
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
-import cv2
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from prep.images.faults import ImageError
@@ -62,7 +59,6 @@ def read_header(file: IO[bytes], length: int, where: str, max_pixels: int, *, wh
         ImageError: the file is of another kind, damaged, too large, or holds what 8-bit RGB cannot.
         OSError: it cannot be read.
     """
-    quieten()
     file.seek(0)
     head = file.read(32)
     kind = kind_of(head)
@@ -102,17 +98,6 @@ def kind_of(head: bytes) -> str | None:
     if head[4:8] == b"ftyp":
         return _BRANDS.get(head[8:12])
     return next((kind for magic, kind in (*_KINDS, *_OTHERS) if head.startswith(magic)), None)
-
-
-@functools.cache
-def quieten() -> None:
-    """Have Pillow and OpenCV leave it to us to tell what is wrong with a file, and how large one may be."""
-    Image.MAX_IMAGE_PIXELS = None
-    warnings.filterwarnings("ignore", module="PIL")  # about metadata: what matters of it is checked here
-    logging = getattr(getattr(cv2, "utils", None), "logging", None)  # OpenCV 4.10 to 4.12 have setLogLevel elsewhere
-    set_level = getattr(logging or cv2, "setLogLevel", None)
-    if set_level:
-        set_level(0)  # LOG_LEVEL_SILENT
 
 
 def _declared(kind: str, head: bytes) -> tuple[int, int] | None:

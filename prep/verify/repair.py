@@ -12,13 +12,13 @@ from loader.errors import ShardsError
 from loader.format.layout import CONTAINERS, Index
 from loader.system.safefile import sync_folder
 from prep.shard.shard import ShardPlan, build_shard
-from prep.verify.sources import Originals, recipe_of
+from prep.verify.sources import SourceImages, recipe_of
 
-WORKSHOP = "repair.part"
+REPAIR_FOLDER = "repair.part"
 
 
 @contextmanager
-def workshop(folder: Path) -> Iterator[Path]:
+def repair_folder(folder: Path) -> Iterator[Path]:
     """A folder to build shards in, within that of the dataset, so that they can be renamed; gone afterwards.
 
     What a repair that was killed left there is removed first: the caller sees to it that there is one at a time. Only
@@ -27,7 +27,7 @@ def workshop(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
-    place = folder / WORKSHOP
+    place = folder / REPAIR_FOLDER
     with contextlib.suppress(OSError):  # a folder: removed next; or nothing
         place.unlink()
     shutil.rmtree(place, ignore_errors=True)
@@ -39,7 +39,7 @@ def workshop(folder: Path) -> Iterator[Path]:
 
 
 def repair_shard(
-    folder: Path, place: Path, index: Index, number: int, originals: Originals, tick: Callable[[], None]
+    folder: Path, place: Path, index: Index, number: int, sources: SourceImages, tick: Callable[[], None]
 ) -> None:
     """Build one shard again, and put it in the place of the bad one by rename once it is known to be right.
 
@@ -48,18 +48,18 @@ def repair_shard(
         place: the folder to build in.
         index: the dataset's.
         number: of the shard.
-        originals: where the sources are.
+        sources: where the sources are.
         tick: is called after every image; what it raises ends the work.
 
     Raises:
         ShardsError: it cannot be built as it was, and why; the bad shard is then as before.
     """
     shard = index.shards[number]
-    if not originals.has_all(index):
+    if not sources.covers(index):
         raise ShardsError("its LR was given: --lr names the folder")
-    sources = tuple(originals.source(index, int(image)) for image in np.flatnonzero(index.shard == number))
+    shard_sources = tuple(sources.find(index, int(image)) for image in np.flatnonzero(index.shard == number))
     serial = int(shard.file.removeprefix("shard-").removesuffix(CONTAINERS[index.container]))
-    plan = ShardPlan(serial, sources, recipe_of(index), place)
+    plan = ShardPlan(serial, shard_sources, recipe_of(index), place)
 
     def proceed(good: bool) -> bool:
         tick()

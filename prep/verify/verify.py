@@ -2,24 +2,25 @@
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 from loader.errors import ShardsError
 from loader.format.layout import Index
 from loader.system.limits import startable_threads
+from loader.system.threads import in_threads
 from prep.shard.checksums import Finding, Tick, check_length, check_shard
 from prep.shard.hdf5 import check_structure
-from prep.verify.repair import repair_shard, workshop
-from prep.verify.sources import Originals, compare_image
+from prep.verify.compare import compare_image
+from prep.verify.repair import repair_folder, repair_shard
+from prep.verify.sources import SourceImages
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Report = Callable[[int], None]
 
 
-class Stopped(Exception):  # noqa: N818
+class _Stopped(Exception):  # noqa: N818
     """Work that is no longer wanted."""
 
 
@@ -48,11 +49,11 @@ def check_shards(
             findings += check_structure(folder, index, number)
         return findings
 
-    return _side_by_side(check, numbers, workers, report)
+    return _in_threads(check, numbers, workers, report)
 
 
 def compare_images(
-    folder: Path, index: Index, originals: Originals, known: Sequence[Finding], workers: int, report: Report
+    folder: Path, index: Index, sources: SourceImages, known: Sequence[Finding], workers: int, report: Report
 ) -> list[Finding]:
     """Where the stored images differ from their sources, besides the findings that are known already.
 
@@ -64,15 +65,15 @@ def compare_images(
 
     def compare(image: int, tick: Tick) -> Iterable[Finding]:
         skip = {scale for scale in index.planes if (image, scale) in bad or int(index.shard[image]) in closed}
-        findings = compare_image(folder, index, image, originals, skip)
+        findings = compare_image(folder, index, image, sources, skip)
         tick()
         return findings
 
-    return _side_by_side(compare, range(len(index.name)), workers, report)
+    return _in_threads(compare, range(len(index.name)), workers, report)
 
 
 def repair_shards(
-    folder: Path, index: Index, originals: Originals, numbers: Sequence[int], workers: int, report: Report
+    folder: Path, index: Index, sources: SourceImages, numbers: Sequence[int], workers: int, report: Report
 ) -> dict[int, str | None]:
     """Build shards again from their sources; by number, why one could not be repaired, or None where it was.
 
@@ -84,36 +85,35 @@ def repair_shards(
 
     def repair(number: int, tick: Tick) -> Iterable[tuple[int, str | None]]:
         try:
-            repair_shard(folder, place, index, number, originals, tick)
+            repair_shard(folder, place, index, number, sources, tick)
         except ShardsError as error:
             return [(number, str(error))]
         left = check_shards(folder, index, [number], 1, False, lambda done: None)
         return [(number, left[0].text if left else None)]
 
-    with workshop(folder) as place:
-        return dict(_side_by_side(repair, numbers, workers, report))
+    with repair_folder(folder) as place:
+        return dict(_in_threads(repair, numbers, workers, report))
 
 
-def _side_by_side(
-    work: Callable[[Item, Tick], Iterable[Result]], items: Iterable[Item], workers: int, report: Report
+def _in_threads(
+    work: Callable[[Item, Tick], Iterable[Result]], items: Sequence[Item], workers: int, report: Report
 ) -> list[Result]:
-    """The results of all items, in order; an interrupt ends what is in work."""
-    done, going, guard = 0, True, threading.Lock()
+    """Return the results for all items, in order. Work in progress ends at its next tick if this is interrupted."""
+    done, running, guard = 0, True, threading.Lock()
 
     def tick() -> None:
         nonlocal done
         with guard:
-            if not going:
-                raise Stopped
+            if not running:
+                raise _Stopped
             done += 1
             report(done)
 
-    if (threads := startable_threads(workers)) == 0:
-        return [result for item in items for result in work(item, tick)]
-    pool = ThreadPoolExecutor(threads)
-    try:
-        return [result for results in pool.map(lambda item: list(work(item, tick)), items) for result in results]
-    finally:
+    def stop() -> None:
+        nonlocal running
         with guard:
-            going = False
-        pool.shutdown(cancel_futures=True)
+            running = False
+
+    # Work must not be done twice at once: ask for no more threads than will start.
+    results = in_threads(lambda item: list(work(item, tick)), items, startable_threads(workers), stop)
+    return [result for some in results for result in some]

@@ -16,11 +16,11 @@ import prep.bench.measure
 from loader.errors import FormatError
 from loader.format.index import read_index
 from loader.format.layout import PAGE
-from prep.bench.advice import Need, Report, advice, report_lines, shell_word
 from prep.bench.measure import short_of_memory
+from prep.bench.report import Measurements, Workload, recommendation, report_lines, shell_word
 from prep.cli import main
 
-LOCAL = Report("ext4", False, 8 * 10**9, 4 * 10**9, 0.1, 500.0, 1.0, {"mmap": 3e3, "pread": 2e3},
+LOCAL = Measurements("ext4", False, 8 * 10**9, 4 * 10**9, 0.1, 500.0, 1.0, {"mmap": 3e3, "pread": 2e3},
                {"mmap": 2e4, "pread": 5e3}, 640.0)  # fmt: skip
 
 
@@ -38,15 +38,15 @@ LOCAL = Report("ext4", False, 8 * 10**9, 4 * 10**9, 0.1, 500.0, 1.0, {"mmap": 3e
     ],
 )  # fmt: skip
 def test_advice(change: dict[str, object], message: str) -> None:
-    assert message in advice(replace(LOCAL, **change), Path("some/where"))  # type: ignore[arg-type]
+    assert message in recommendation(replace(LOCAL, **change), Path("some/where"))  # type: ignore[arg-type]
 
 
 def test_pages_that_stay_are_told() -> None:
-    need = Need(4, 64, 64, 100.0, 2)
-    text = "\n".join(report_lines(replace(LOCAL, forgotten=0.25), need, Path("d")))
+    workload = Workload(4, 64, 64, 100.0, 2)
+    text = "\n".join(report_lines(replace(LOCAL, evicted=0.25), workload, Path("d")))
     assert "75% of the pages stayed in memory" in text
     assert "counts as local disk" in text
-    assert "stayed" not in "\n".join(report_lines(LOCAL, need, Path("d")))
+    assert "stayed" not in "\n".join(report_lines(LOCAL, workload, Path("d")))
 
 
 def test_measuring(dataset: Path) -> None:
@@ -92,19 +92,19 @@ def test_where_files_cannot_be_mapped(dataset: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(loader.pixels.shards, "_map_file", no_map)
     facts = json.loads(bench(dataset, "--json").output)
     assert set(facts["cold"]) == set(facts["warm"]) == {"pread"}
-    assert facts["left_out"]["mmap"]
+    assert facts["not_measured"]["mmap"]
     assert facts["advice"].startswith('Use io="pread": io="auto" is "mmap" here, which was not measured (')
     assert "io='mmap' was not measured: " in bench(dataset).output
 
 
 def test_where_memory_is_short(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positional reads keep tiles ahead, mappings do not; what does not fit is not tried, or the kernel ends it."""
-    index, need = read_index(dataset), Need(4, 64, 64, 100.0, 2)
-    assert short_of_memory(index, need, "mmap", 1 << 27) is None
-    assert short_of_memory(index, need, "pread", 1 << 27)
-    assert short_of_memory(index, need, "pread", 1 << 31) is None
+    index, workload = read_index(dataset), Workload(4, 64, 64, 100.0, 2)
+    assert short_of_memory(index, workload, "mmap", 1 << 27) is None
+    assert short_of_memory(index, workload, "pread", 1 << 27)
+    assert short_of_memory(index, workload, "pread", 1 << 31) is None
     monkeypatch.setattr(prep.bench.measure, "available_memory", lambda: 2_000_000)
-    assert set(json.loads(bench(dataset, "--json").output)["left_out"]) == {"pread"}
+    assert set(json.loads(bench(dataset, "--json").output)["not_measured"]) == {"pread"}
     monkeypatch.setattr(prep.bench.measure, "available_memory", lambda: 1000)
     result = bench(dataset)
     assert result.exit_code == 1
@@ -131,7 +131,7 @@ def test_the_command_to_copy_can_be_pasted(tmp_path: Path, name: str) -> None:
     data, target = tmp_path / name, tmp_path / "target"
     data.mkdir()
     target.mkdir()
-    command = advice(slow, Path(name)).splitlines()[-1]
+    command = recommendation(slow, Path(name)).splitlines()[-1]
     assert command.isprintable()
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"}
     run = partial(subprocess.run, ["bash", "-c", command], cwd=tmp_path, capture_output=True, timeout=60)

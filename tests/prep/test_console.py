@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -13,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from helpers import build
 
+from prep.console.progress import Progress
 from prep.console.unix import UnixGroup, tell
 
 HEAD = "import sys, os, click\nfrom prep.console.unix import UnixCommand, UnixGroup, tell\n"
@@ -177,3 +180,38 @@ def test_prep_itself(folder: Path, tmp_path: Path) -> None:
         1, "Error: standard output: No space left on device",
     )  # fmt: skip
     assert shell("$RUN | true; echo ${PIPESTATUS[0]}", run).stdout == "141\n"
+
+
+def test_progress_without_a_total(capsys: pytest.CaptureFixture[str]) -> None:
+    now = iter([0.0, 4.0, 11.0])
+    with Progress(None, "image", clock=lambda: next(now)) as progress:
+        for done in (10, 55):
+            progress(done)
+            progress.print(f"line {done}")
+    assert capsys.readouterr() == ("line 10\nline 55\n", "55 images, 11 s, 5.0 images/s\n")
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    """Lines are printed above it."""
+    code = HEAD + (
+        "from prep.console.progress import Progress\n"
+        "def work():\n"
+        "    with Progress(3, 'image') as progress:\n"
+        "        for done in (1, 2, 3):\n"
+        "            progress.print(f'scores of {done}')\n"
+        "            progress(done)\n"
+        "UnixCommand('x', callback=work).main([])"
+    )
+    terminal, ours = os.openpty()
+    termios.tcsetwinsize(ours, (24, 80))
+    subprocess.run([sys.executable, "-c", code], stdout=ours, stderr=ours, timeout=120, check=True, env=ENVIRONMENT)
+    os.close(ours)
+    seen = b""
+    with suppress(OSError):  # the other end is closed
+        while data := os.read(terminal, 1 << 16):
+            seen += data
+    os.close(terminal)
+    for done in (1, 2, 3):
+        assert re.search(rb"[\r\n]scores of %d\r\n" % done, seen), seen
+    assert b"3/3" in seen
+    assert b" s left" not in seen

@@ -2,13 +2,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import cv2
 import pytest
-from helpers import ROOT
+import torch
+from helpers import ROOT, photograph
+from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from prep.images import header
+from model.shufflemixer import ShuffleMixer
+from prep.images import decoders
 
 
 def old(levels: list[int]) -> SimpleNamespace:
@@ -24,23 +29,77 @@ def new(levels: list[int]) -> SimpleNamespace:
 def test_silence_is_found_where_it_is(monkeypatch: pytest.MonkeyPatch, make: object) -> None:
     levels: list[int] = []
     assert callable(make)
-    monkeypatch.setattr(header, "cv2", make(levels))
-    header.quieten.__wrapped__()
+    monkeypatch.setattr(decoders, "cv2", make(levels))
+    decoders.configure_decoders()
     assert levels == [0]
-    monkeypatch.setattr(header, "cv2", SimpleNamespace())  # no way at all: it may be loud
-    header.quieten.__wrapped__()
+    monkeypatch.setattr(decoders, "cv2", SimpleNamespace())  # no way at all: it may be loud
+    decoders.configure_decoders()
 
 
-def test_importing_changes_no_setting_of_the_process() -> None:
-    """Only reading an image does."""
-    code = (
-        "import warnings, cv2, PIL.Image\n"
-        "level = lambda: cv2.utils.logging.getLogLevel() if hasattr(cv2.utils, 'logging') else None\n"
-        "before = level(), PIL.Image.MAX_IMAGE_PIXELS, list(warnings.filters)\n"
-        "import prep.images.decode, prep.shard.shard\n"
-        "assert before == (level(), PIL.Image.MAX_IMAGE_PIXELS, list(warnings.filters))\n"
+SETTINGS = """
+import warnings, sys, cv2, PIL.Image
+from pathlib import Path
+def settings():
+    level = cv2.utils.logging.getLogLevel() if hasattr(cv2.utils, "logging") else None
+    return level, PIL.Image.MAX_IMAGE_PIXELS, [each for each in warnings.filters if "PIL" in str(each)]
+before = settings()
+"""
+
+
+def test_importing_and_reading_change_no_setting_of_the_process(folder: Path) -> None:
+    """Programs that import this project own their process; only commands configure the decoders."""
+    code = SETTINGS + (
+        "import train, model.evaluate.evaluate, model.enlarge.upscale, model.export, model.curves\n"
+        "import loader, prep.cli, prep.build.build, prep.verify.verify\n"
+        "assert settings() == before, settings()\n"
+        "from model.evaluate.pairs import read_pairs\n"
+        "assert len(list(read_pairs(Path(sys.argv[1]), None, 2))) == 5\n"
+        "assert settings() == before, settings()\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, check=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def odd_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two good images: Pillow warns of the EXIF data of one, OpenCV of an unknown tag in the other."""
+    folder = tmp_path_factory.mktemp("odd")
+    image = Image.fromarray(photograph(64, 72))
+    image.save(folder / "exif.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\0\0\0\0")
+    tags = ImageFileDirectory_v2()
+    tags[65000] = "private"
+    image.save(folder / "tag.tif", tiffinfo=tags)
+    return folder
+
+
+def run_silently(*words: object) -> None:
+    """Run a Python program and check that it prints nothing on standard error."""
+    command = [sys.executable, "-W", "default", *map(str, words)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=300)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_without_configuration_the_decoders_print(odd_images: Path) -> None:
+    """The tests below can fail."""
+    code = "import sys; from pathlib import Path; from model.evaluate.pairs import read_pairs\n"
+    code += "list(read_pairs(Path(sys.argv[1]), None, 2))"
+    command = [sys.executable, "-W", "default", "-c", code, str(odd_images)]
+    printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=300).stderr
+    assert "Corrupt EXIF data" in printed
+    assert "65000" in printed or not hasattr(cv2.utils, "logging")
+
+
+def test_builds_and_verify_print_no_decoder_messages(odd_images: Path, tmp_path: Path) -> None:
+    build = ["build-shards", odd_images, "--scale", 2, "--out", tmp_path / "out", "--images-per-shard", 1]
+    run_silently("-m", "prep.cli", *build, "--workers", 2)
+    run_silently("-m", "prep.cli", "verify", tmp_path / "out", "--source", odd_images)
+
+
+def test_model_commands_print_no_decoder_messages(odd_images: Path, tmp_path: Path) -> None:
+    network = ShuffleMixer(8, 3, 1, 2, 2)
+    torch.save({"params": network.state_dict()}, tmp_path / "weights.pt")
+    run_silently("-m", "model.evaluate", "--hr", odd_images, "--bicubic", "--scale", 2)
+    flags = ["--checkpoint", tmp_path / "weights.pt", "--out", tmp_path / "large"]
+    run_silently("-m", "model.upscale", odd_images, *flags)
 
 
 def test_a_cut_jpeg_is_refused_whatever_opencv_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

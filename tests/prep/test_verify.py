@@ -24,7 +24,7 @@ from prep.shard import checksums as check_module
 from prep.shard.checksums import GAP, Span, blocks, check_shard, is_padded, spans
 from prep.verify import repair as repair_module
 from prep.verify import verify as verify_module
-from prep.verify.sources import Originals
+from prep.verify.sources import SourceImages
 from prep.verify.verify import check_shards, repair_shards
 
 
@@ -411,7 +411,7 @@ def test_a_repair_that_is_interrupted_or_killed(copy: Path, dataset: Path, folde
     (copy / "shard-00000.h5.part").write_bytes(b"of an unfinished build")
     (copy / "repair.part").mkdir()
     (copy / "repair.part" / f"{path.name}.part").write_bytes(b"of a repair that was killed")
-    index, originals = read_index(copy), Originals((folder,))
+    index, originals = read_index(copy), SourceImages((folder,))
 
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt
@@ -531,5 +531,5 @@ def test_spans_without_images(dataset: Path) -> None:
 
 
 def test_results_keep_the_order_of_their_items() -> None:
-    found = verify_module._side_by_side(lambda n, tick: [n, -n], range(50), 4, lambda done: None)
+    found = verify_module._in_threads(lambda n, tick: [n, -n], range(50), 4, lambda done: None)
     assert found == [sign * n for n in range(50) for sign in (1, -1)]

@@ -10,12 +10,12 @@ from loader.ahead.positional import READ_THREADS
 from loader.errors import one_line
 
 MARGIN = 1.2  # storage that gives this times what is needed keeps up
-Way = Literal["mmap", "pread"]
-WAYS: tuple[Way, ...] = ("mmap", "pread")
+IoMode = Literal["mmap", "pread"]
+IO_MODES: tuple[IoMode, ...] = ("mmap", "pread")
 
 
 @dataclass(frozen=True)
-class Need:
+class Workload:
     """A training run: what it takes in one step, and how long a step is."""
 
     scale: int
@@ -31,10 +31,10 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was measured. Rates are patches per second, by way of reading; `forgotten` is the share of pages that left
+class Measurements:
+    """What was measured. Rates are patches per second, by way of reading; `evicted` is the share of pages that left
     the page cache when asked to, None where the system does not tell: cold figures are only cold if it is near 1.
-    `left_out` says why a way was not measured."""
+    `not_measured` says why a way was not measured."""
 
     file_system: str
     network: bool
@@ -42,39 +42,41 @@ class Report:
     free_memory: int
     latency_ms: float
     random_mb_per_second: float
-    forgotten: float | None
+    evicted: float | None
     cold: dict[str, float]
     warm: dict[str, float]
     needed: float
-    left_out: dict[str, str] = field(default_factory=dict)
+    not_measured: dict[str, str] = field(default_factory=dict)
 
     @property
-    def chosen(self) -> Way:
+    def chosen(self) -> IoMode:
         """The way that io="auto" takes here."""
         return "pread" if self.network else "mmap"
 
 
-def advice(report: Report, folder: Path) -> str:
+def recommendation(measured: Measurements, folder: Path) -> str:
     """What a person had better do."""
-    enough = report.needed * MARGIN
-    chosen = report.chosen
-    if chosen not in report.cold:
-        (other,) = report.cold
-        return f'Use io="{other}": io="auto" is "{chosen}" here, which was not measured ({report.left_out[chosen]}).'
-    if max(report.warm.values()) < report.needed:
+    enough = measured.needed * MARGIN
+    chosen = measured.chosen
+    if chosen not in measured.cold:
+        (other,) = measured.cold
+        return (
+            f'Use io="{other}": io="auto" is "{chosen}" here, which was not measured ({measured.not_measured[chosen]}).'
+        )
+    if max(measured.warm.values()) < measured.needed:
         return (
             "Even from memory, the loader gives fewer patches than training takes: give it more threads "
             "(PatchLoader(threads=..), train.py --workers), or check what else runs here."
         )
-    if report.cold[chosen] >= enough:
+    if measured.cold[chosen] >= enough:
         return f'Fine as it is: io="auto" ({chosen} here) keeps up even when nothing is cached.'
-    for other, rate in report.cold.items():
+    for other, rate in measured.cold.items():
         if rate >= enough:
             return f'Use io="{other}": that way this storage keeps up even when nothing is cached.'
-    minutes = report.dataset_bytes / max(report.random_mb_per_second * 1e6, 1) / 60
+    minutes = measured.dataset_bytes / max(measured.random_mb_per_second * 1e6, 1) / 60
     # Without TMPDIR the target would be the root of the file system: the shell stops instead.
     copy = f'cp -r -- {shell_word(folder)} "${{TMPDIR:?}}"/    # about {minutes:.1f} minutes at the rate measured'
-    if report.dataset_bytes < report.free_memory * 0.8:
+    if measured.dataset_bytes < measured.free_memory * 0.8:
         return (
             "The first epoch will wait for the storage; later ones come from memory, into which the dataset fits. To "
             f"avoid the wait, copy it to node-local storage first:\n  {copy}"
@@ -82,25 +84,26 @@ def advice(report: Report, folder: Path) -> str:
     return f"This storage is too slow for this training, and memory too small. Copy to node-local storage:\n  {copy}"
 
 
-def report_lines(report: Report, need: Need, folder: Path) -> list[str]:
+def report_lines(measured: Measurements, workload: Workload, folder: Path) -> list[str]:
     """The report for a person."""
-    kind = "counts as network" if report.network else "counts as local disk"
+    kind = "counts as network" if measured.network else "counts as local disk"
     lines = [
-        f"{one_line(str(folder))}: {report.dataset_bytes / 1e9:.2f} GB on {report.file_system}, which {kind}",
-        f"latency             {report.latency_ms:.2f} ms for a scattered read of 4 KiB",
-        f"scattered reads     {report.random_mb_per_second:.0f} MB/s, 64 KiB each, {READ_THREADS} at once",
+        f"{one_line(str(folder))}: {measured.dataset_bytes / 1e9:.2f} GB on {measured.file_system}, which {kind}",
+        f"latency             {measured.latency_ms:.2f} ms for a scattered read of 4 KiB",
+        f"scattered reads     {measured.random_mb_per_second:.0f} MB/s, 64 KiB each, {READ_THREADS} at once",
     ]
-    lines += [f"patches/s, cold     {rate:,.0f} with io={way!r}" for way, rate in report.cold.items()]
-    lines += [f"patches/s, warm     {rate:,.0f} with io={way!r}" for way, rate in report.warm.items()]
-    lines += [one_line(f"io={way!r} was not measured: {reason}") for way, reason in report.left_out.items()]
+    lines += [f"patches/s, cold     {rate:,.0f} with io={io!r}" for io, rate in measured.cold.items()]
+    lines += [f"patches/s, warm     {rate:,.0f} with io={io!r}" for io, rate in measured.warm.items()]
+    lines += [one_line(f"io={io!r} was not measured: {reason}") for io, reason in measured.not_measured.items()]
     lines.append(
-        f"training takes      {report.needed:,.0f} patches/s: batches of {need.batch_size} in {need.step_ms:g} ms"
+        f"training takes      {measured.needed:,.0f} patches/s: "
+        f"batches of {workload.batch_size} in {workload.step_ms:g} ms"
     )
-    if report.forgotten is not None and report.forgotten < 0.9:
+    if measured.evicted is not None and measured.evicted < 0.9:
         lines.append(
-            f"({1 - report.forgotten:.0%} of the pages stayed in memory, in use elsewhere: cold figures are too good)"
+            f"({1 - measured.evicted:.0%} of the pages stayed in memory, in use elsewhere: cold figures are too good)"
         )
-    return [*lines, advice(report, folder)]
+    return [*lines, recommendation(measured, folder)]
 
 
 def shell_word(path: Path) -> str:
