@@ -1,4 +1,4 @@
-"""What a training run needs of its storage, what that gives, and what to do about it."""
+"""What training needs from its storage, what was measured, and what to do about it."""
 
 import os
 import shlex
@@ -9,14 +9,14 @@ from typing import Literal
 from loader.ahead.positional import READ_THREADS
 from loader.errors import one_line
 
-MARGIN = 1.2  # storage that gives this times what is needed keeps up
+MARGIN = 1.2  # storage keeps up if it delivers this many times the rate needed
 IoMode = Literal["mmap", "pread"]
 IO_MODES: tuple[IoMode, ...] = ("mmap", "pread")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A training run: what it takes in one step, and how long a step is."""
+    """A training run: what one step reads, and how long it takes."""
 
     scale: int
     lr_patch: int
@@ -26,15 +26,16 @@ class Workload:
 
     @property
     def patches_per_second(self) -> float:
-        """The rate at which such a run takes patches."""
+        """The rate at which the run consumes patches."""
         return self.batch_size / self.step_ms * 1000
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """What was measured. Rates are patches per second, by way of reading; `evicted` is the share of pages that left
-    the page cache when asked to, None where the system does not tell: cold figures are only cold if it is near 1.
-    `not_measured` says why a way was not measured."""
+    """Results. `cold` and `warm` are patches per second by io mode; `evicted` is the fraction of pages dropped from the
+    page cache on request, None if unknown (cold figures are cold only if it is near 1); `not_measured` gives the reason
+    for each io mode that was not measured.
+    """
 
     file_system: str
     network: bool
@@ -50,12 +51,12 @@ class Measurements:
 
     @property
     def chosen(self) -> IoMode:
-        """The way that io="auto" takes here."""
+        """The io mode that io="auto" selects here."""
         return "pread" if self.network else "mmap"
 
 
 def recommendation(measured: Measurements, folder: Path) -> str:
-    """What a person had better do."""
+    """Return advice for the user."""
     enough = measured.needed * MARGIN
     chosen = measured.chosen
     if chosen not in measured.cold:
@@ -65,27 +66,30 @@ def recommendation(measured: Measurements, folder: Path) -> str:
         )
     if max(measured.warm.values()) < measured.needed:
         return (
-            "Even from memory, the loader gives fewer patches than training takes: give it more threads "
-            "(PatchLoader(threads=..), train.py --workers), or check what else runs here."
+            "Even from memory, the loader delivers fewer patches than training needs: give it more threads "
+            "(PatchLoader(threads=..), train.py --workers), or check what else is running here."
         )
     if measured.cold[chosen] >= enough:
-        return f'Fine as it is: io="auto" ({chosen} here) keeps up even when nothing is cached.'
+        return f'No change needed: io="auto" ({chosen} here) keeps up even when nothing is cached.'
     for other, rate in measured.cold.items():
         if rate >= enough:
-            return f'Use io="{other}": that way this storage keeps up even when nothing is cached.'
+            return f'Use io="{other}": with it, this storage keeps up even when nothing is cached.'
     minutes = measured.dataset_bytes / max(measured.random_mb_per_second * 1e6, 1) / 60
-    # Without TMPDIR the target would be the root of the file system: the shell stops instead.
-    copy = f'cp -r -- {shell_word(folder)} "${{TMPDIR:?}}"/    # about {minutes:.1f} minutes at the rate measured'
+    # With TMPDIR unset the target would be the root directory: ${TMPDIR:?} stops the shell instead.
+    copy = f'cp -r -- {shell_word(folder)} "${{TMPDIR:?}}"/    # about {minutes:.1f} minutes at the measured rate'
     if measured.dataset_bytes < measured.free_memory * 0.8:
         return (
-            "The first epoch will wait for the storage; later ones come from memory, into which the dataset fits. To "
+            "The first epoch will wait for the storage; later ones are read from memory, where the dataset fits. To "
             f"avoid the wait, copy it to node-local storage first:\n  {copy}"
         )
-    return f"This storage is too slow for this training, and memory too small. Copy to node-local storage:\n  {copy}"
+    return (
+        "This storage is too slow for this training, and memory is too small to cache the dataset. Copy it to "
+        f"node-local storage:\n  {copy}"
+    )
 
 
 def report_lines(measured: Measurements, workload: Workload, folder: Path) -> list[str]:
-    """The report for a person."""
+    """Return the results as text."""
     kind = "counts as network" if measured.network else "counts as local disk"
     lines = [
         f"{one_line(str(folder))}: {measured.dataset_bytes / 1e9:.2f} GB on {measured.file_system}, which {kind}",
@@ -96,18 +100,18 @@ def report_lines(measured: Measurements, workload: Workload, folder: Path) -> li
     lines += [f"patches/s, warm     {rate:,.0f} with io={io!r}" for io, rate in measured.warm.items()]
     lines += [one_line(f"io={io!r} was not measured: {reason}") for io, reason in measured.not_measured.items()]
     lines.append(
-        f"training takes      {measured.needed:,.0f} patches/s: "
+        f"training needs      {measured.needed:,.0f} patches/s: "
         f"batches of {workload.batch_size} in {workload.step_ms:g} ms"
     )
     if measured.evicted is not None and measured.evicted < 0.9:
         lines.append(
-            f"({1 - measured.evicted:.0%} of the pages stayed in memory, in use elsewhere: cold figures are too good)"
+            f"({1 - measured.evicted:.0%} of the pages stayed in memory, used elsewhere: cold figures are too high)"
         )
     return [*lines, recommendation(measured, folder)]
 
 
 def shell_word(path: Path) -> str:
-    """A path as a shell takes it, and a terminal: `.` by its name, odd characters as $'…' has them."""
+    """Return a path quoted for a shell and safe to print: `.` by its name, unprintable characters in $'…'."""
     path = path.resolve() if path.name in ("", "..") else path
     if (text := str(path)).isprintable():
         return shlex.quote(text)

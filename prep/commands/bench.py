@@ -12,12 +12,14 @@ from prep.console.paths import GivenPath
 @click.command()
 @click.argument("folder", metavar="DIR", type=GivenPath())
 @click.option("--scale", type=click.IntRange(min=1), help="[default: the largest in the dataset]")
-@click.option("--lr-patch", type=click.IntRange(min=1), default=64, help="In LR pixels.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64)
-@click.option("--step-ms", type=click.FloatRange(min=0, min_open=True), default=100.0, help="How long a step takes.")
-@click.option("--threads", type=click.IntRange(min=1), default=2, help="That gather batches.")
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=30.0, help="How long to measure.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--lr-patch", type=click.IntRange(min=1), default=64, help="Patch size in LR pixels.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Samples per step.")
+@click.option(
+    "--step-ms", type=click.FloatRange(min=0, min_open=True), default=100.0, help="Duration of a training step."
+)
+@click.option("--threads", type=click.IntRange(min=1), default=2, help="Threads that gather batches.")
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=30.0, help="Duration of the benchmark.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(
     folder: Path,
     scale: int | None,
@@ -28,7 +30,7 @@ def bench(
     seconds: float,
     as_json: bool,
 ) -> None:
-    """Will the storage of the dataset at DIR keep up with training?"""
+    """Measure whether the storage of the dataset at DIR keeps up with training."""
     from loader.format.index import read_index
     from prep.bench.measure import measure
     from prep.bench.report import Workload, recommendation, report_lines

@@ -17,16 +17,16 @@ from prep import __version__
 from prep.console.paths import GivenPath
 
 KERNELS = {"downscaling": "loader.resize._imresize", "gather": "loader.pixels._gather", "network": "model.cpu._mixing"}
-NAMED = 20  # so many images that were left out are told by name
+MAX_NAMED = 20  # skipped images that are listed
 PACKAGES = ("numpy", "h5py", "opencv-python-headless", "pillow", "torch", "click", "tqdm")
 
 
 @click.command()
 @click.argument("folder", metavar="[DIR]", required=False, type=GivenPath())
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-@click.option("--system", is_flag=True, help="Tell of this machine, and which kernels are in use, instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--system", is_flag=True, help="Describe this machine and the compiled kernels in use instead.")
 def info(folder: Path | None, as_json: bool, system: bool) -> None:
-    """Print what is in the dataset at DIR."""
+    """Describe the dataset at DIR."""
     if (folder is None) != system:
         raise click.UsageError("expected either DIR or --system")
     facts = describe_system() if folder is None else describe_dataset(folder)
@@ -35,10 +35,10 @@ def info(folder: Path | None, as_json: bool, system: bool) -> None:
 
 
 def describe_dataset(folder: Path) -> dict[str, Any]:
-    """The facts of a dataset, ready for JSON.
+    """Return the facts of a dataset, ready for JSON.
 
     Raises:
-        FormatError: the folder holds no whole dataset, or its list of images that were left out is damaged.
+        FormatError: the folder holds no complete dataset, or its list of skipped images is damaged.
     """
     from prep.build.skipped import read_skipped
 
@@ -67,9 +67,9 @@ def describe_dataset(folder: Path) -> dict[str, Any]:
 
 
 def dataset_lines(facts: dict[str, Any]) -> list[str]:
-    """The same for a person."""
-    made = facts["lr"]
-    how = f"made by imresize ({made['resize']}, {made['border']} border)" if "resize" in made else "given"
+    """Return the facts of a dataset as text."""
+    lr = facts["lr"]
+    origin = f"made by imresize ({lr['resize']}, {lr['border']} border)" if "resize" in lr else "given"
     planes = [
         f"{name:<10}{plane['pixels'] / 1e6:.1f} megapixels, tiles of {plane['tile']}"
         for name, plane in facts["planes"].items()
@@ -77,24 +77,24 @@ def dataset_lines(facts: dict[str, Any]) -> list[str]:
     lines = [
         f"{facts['folder']}: {facts['images']} images, {facts['first']} to {facts['last']}",
         f"{'sizes':<10}{' × '.join(map(str, facts['smallest']))} to {' × '.join(map(str, facts['largest']))}, "
-        "least and most of height × width",
+        "smallest and largest height × width",
         *planes,
-        f"{'LR':<10}{how}",
+        f"{'LR':<10}{origin}",
         f"{'shards':<10}{facts['shards']} {facts['container']}, {facts['bytes'] / 1e6:.1f} MB",
         f"{'made by':<10}{facts['made_by']}",
         f"{'index':<10}sha256 {facts['sha256']}",
     ]
-    if left_out := facts["left_out"]:
-        lines.append(f"{'left out':<10}{len(left_out)} images (build-shards --retry-skipped tries them again):")
-        lines += [f"  {bad['source']}: {bad['reason']}" for bad in left_out[:NAMED]]
-        lines += [f"  … and {len(left_out) - NAMED} more, see skipped.json"] * (len(left_out) > NAMED)
+    if skipped := facts["left_out"]:
+        lines.append(f"{'skipped':<10}{len(skipped)} images (build-shards --retry-skipped tries them again):")
+        lines += [f"  {bad['source']}: {bad['reason']}" for bad in skipped[:MAX_NAMED]]
+        lines += [f"  … and {len(skipped) - MAX_NAMED} more, see skipped.json"] * (len(skipped) > MAX_NAMED)
     return [one_line(line) for line in lines]
 
 
 def describe_system() -> dict[str, Any]:
-    """Versions, processor cores, and which kernels are compiled."""
+    """Return versions, processor cores, and which kernels are compiled."""
     off = os.environ.get(SWITCH) == "0"
-    fallback = f"fallback ({SWITCH}=0)" if off else "fallback (not built, or of other sources)"
+    fallback = f"fallback ({SWITCH}=0)" if off else "fallback (not built, or built from other sources)"
     return {
         "srshards": __version__,
         "python": platform.python_version(),
@@ -106,7 +106,7 @@ def describe_system() -> dict[str, Any]:
 
 
 def system_lines(facts: dict[str, Any]) -> list[str]:
-    """The same for a person."""
+    """Return the facts of the system as text."""
     flat = {**facts, **facts["kernels"], **facts["packages"]}
     return [f"{name:<24}{value}" for name, value in flat.items() if not isinstance(value, dict)]
 

@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("folder", metavar="DIR", type=GivenPath())
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one per core]")
-@click.option("--quick", is_flag=True, help="Index, lengths and HDF5 structure only: no pixel is read.")
+@click.option("--quick", is_flag=True, help="Check index, lengths and HDF5 structure only; read no pixels.")
 @click.option(
     "--source", "sources", type=GivenPath(exists=True), multiple=True,
-    help="Compare with the images there; may repeat.",
+    help="Compare with these images; may be repeated.",
 )  # fmt: skip
-@click.option("--lr", type=GivenPath(exists=True), help="The LR images, where they were given.")
-@click.option("--repair", is_flag=True, help="Build bad shards again, from the images of --source.")
+@click.option("--lr", type=GivenPath(exists=True), help="The LR images, if they were given.")
+@click.option("--repair", is_flag=True, help="Rebuild damaged shards from the images of --source.")
 def verify(
     folder: Path, workers: int | None, quick: bool, sources: tuple[Path, ...], lr: Path | None, repair: bool
 ) -> None:
-    """Is the dataset at DIR what was built, to the last byte?
+    """Check the dataset at DIR, to the last byte.
 
-    Every shard is read once: its length, its SHA-256, the CRC-32 of each image in each plane, its padding, and the
-    structure of HDF5 files. With --source the pixels are compared with the images, LR made anew. Each line of output
-    is something wrong; the last one sums up. Exit code 1 if anything is wrong, and was not repaired.
+    Each shard is read once, to check its length, SHA-256, the CRC-32 of every image in every plane, padding, and HDF5
+    structure. With --source, pixels are compared with the images, and LR is made again. Each line of output is a
+    finding; the last line is a summary. The exit code is 1 if anything is wrong and was not repaired.
     """
     if repair and not sources:
         raise click.UsageError("--repair needs --source, the images to build from")
     if lr and not sources:
         raise click.UsageError("--lr needs --source, the HR images")
     if quick and sources:
-        raise click.UsageError("--quick reads no pixels: it goes without --source")
+        raise click.UsageError("--quick reads no pixels, so it cannot be combined with --source")
     from loader.format.index import read_index_alone
     from prep.build.skipped import left_out
     from prep.console.progress import Progress
@@ -56,7 +56,7 @@ def verify(
     try:
         index = read_index_alone(folder)
     except ShardsError as error:
-        hint = "; an index cannot be repaired: build-shards --overwrite makes the dataset anew" if repair else ""
+        hint = "; an index cannot be repaired: rebuild the dataset with build-shards --overwrite" if repair else ""
         raise ShardsError(f"{error}{hint}") from None
     count, images = len(index.shards), len(index.name)
     with Progress(count if quick else images * len(index.planes), "shard" if quick else "plane") as progress:
@@ -106,13 +106,13 @@ def _verdict(findings: "list[Finding]", index: Index, sources: "SourceImages | N
     if wrong:
         verdict = f"{len(wrong)} findings in {len({finding.shard for finding in wrong})} shards"
     elif quick:
-        verdict = "lengths and structure as recorded; pixels were not read"
+        verdict = "lengths and HDF5 structure match the index; pixels were not read"
     elif sources is None:
-        verdict = "all as recorded"
+        verdict = "everything matches the index"
     else:
-        verdict = "all as recorded and as the sources have it"
+        verdict = "everything matches the index and the sources"
         if not sources.covers(index):
-            verdict += ", but for the LR, which was given: --lr compares it"
+            verdict += ", except the given LR (compare it with --lr)"
     if not_compared := len(findings) - len(wrong):
-        verdict = f"{verdict if wrong else 'nothing wrong found'}; {not_compared} images could not be compared"
+        verdict = f"{verdict if wrong else 'no damage found'}; {not_compared} images could not be compared"
     return verdict

@@ -1,7 +1,8 @@
-"""Commands that behave as other Unix tools do: closed and broken streams, full devices, errors in one line.
+"""Commands that behave like other Unix tools: closed and broken streams, full devices, one-line errors.
 
-While a command runs, writes to standard output raise `_OutputError`, which nothing mistakes for trouble with a file,
-and writes to standard error never fail. Streams that somebody else put in place (pytest, a notebook) are left alone.
+While a command runs, a failing write to standard output raises `_OutputError`, which is not mistaken for a file's
+error, and a failing write to standard error is ignored. Streams replaced by others (pytest, a notebook) stay as they
+are.
 """
 
 import errno
@@ -16,7 +17,7 @@ from typing import Any, TextIO
 import click
 
 STANDARD_STREAMS = (0, 1, 2)
-NO_THREAD = "can't start new thread"  # what Python says
+NO_THREAD = "can't start new thread"  # from Python's RuntimeError
 
 
 class _OutputError(Exception):
@@ -31,28 +32,28 @@ class _OutputError(Exception):
 
 
 def open_standard_streams() -> None:
-    """Open /dev/null on those of descriptors 0 to 2 that are closed, before a file of ours gets such a number."""
+    """Open /dev/null on closed descriptors from 0 to 2, so that no file of ours gets such a number."""
     for number in STANDARD_STREAMS:
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number is taken: those below `number` are open by now.
+            # open takes the lowest free number; those below `number` are open by now.
             os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
             os.set_inheritable(number, True)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            # Not by its number: what an import opened may have got that in the meantime.
+            # Not by number: an import may have opened a file under it in the meantime.
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
 
 
 def tell(text: str) -> None:
-    """Print a line on standard error; a reader who is gone, or a full device, is no reason to stop."""
+    """Print a line on standard error; ignore a closed pipe or a full device."""
     with suppress(OSError):
         click.echo(text, err=True)
 
 
 class UnixCommand(click.Command):
-    """A command that dies of SIGPIPE when its reader is gone, and ends with one line when its device is full."""
+    """A command that dies of SIGPIPE when its reader is gone, and exits with a one-line error when a device is full."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command; see click.Command.main."""
@@ -82,16 +83,16 @@ class UnixCommand(click.Command):
 
 
 class UnixGroup(UnixCommand, click.Group):
-    """A group of commands that behaves as `UnixCommand`, for all of them."""
+    """A group whose commands all behave like `UnixCommand`."""
 
 
 class _Output(io.FileIO):
-    """Standard output: the first error is raised as _OutputError, and what comes later is dropped."""
+    """Standard output: the first error raises _OutputError; later writes are dropped."""
 
     _broken = False
 
     def write(self, data: Any) -> int | None:  # type: ignore[override]
-        if self._broken or not data:  # click tries a stream with no bytes at all, which /dev/full refuses too
+        if self._broken or not data:  # click probes a stream with an empty write, which /dev/full refuses too
             return memoryview(data).nbytes
         try:
             return super().write(data)
@@ -101,7 +102,7 @@ class _Output(io.FileIO):
 
 
 class _Errors(io.FileIO):
-    """Standard error: what cannot be written is dropped."""
+    """Standard error: failing writes are dropped."""
 
     def write(self, data: Any) -> int | None:  # type: ignore[override]
         with suppress(OSError):
@@ -111,10 +112,10 @@ class _Errors(io.FileIO):
 
 @contextmanager
 def _unix_streams() -> Iterator[None]:
-    """The process's own streams, written to as this module says; afterwards they are as they were."""
+    """Replace the process's own streams as this module says, and restore them afterwards."""
     before = sys.stdout, sys.stderr
-    sys.stdout = _rewired(before[0], 1, _Output)
-    sys.stderr = _rewired(before[1], 2, _Errors)
+    sys.stdout = _wrapped(before[0], 1, _Output)
+    sys.stderr = _wrapped(before[1], 2, _Errors)
     try:
         yield
     finally:
@@ -124,11 +125,11 @@ def _unix_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def _rewired(stream: TextIO, number: int, kind: type[io.FileIO]) -> TextIO:
+def _wrapped(stream: TextIO, number: int, kind: type[io.FileIO]) -> TextIO:
     try:
         if not isinstance(stream, io.TextIOWrapper) or stream.fileno() != number:
             return stream
-    except (OSError, ValueError):  # there is no descriptor behind it
+    except (OSError, ValueError):  # it has no descriptor
         return stream
     with suppress(OSError):
         stream.flush()
@@ -137,14 +138,14 @@ def _rewired(stream: TextIO, number: int, kind: type[io.FileIO]) -> TextIO:
     return io.TextIOWrapper(
         buffer,
         encoding=stream.encoding,
-        errors="backslashreplace",  # a name that the locale cannot print is no reason to stop
+        errors="backslashreplace",  # names that the locale cannot print
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
 
 
 def _die_of_sigpipe() -> None:
-    """End as the kernel ends a program that writes to a pipe without readers: silently."""
+    """End silently, as the Linux kernel ends a program that writes to a pipe without readers."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPIPE})
     with suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

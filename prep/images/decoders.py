@@ -1,6 +1,6 @@
-"""Settings of Pillow and OpenCV that hold for the whole process: for commands, which own theirs.
+"""Process-wide settings of Pillow and OpenCV, for commands: these own their process.
 
-Importing or calling the rest of `prep.images` leaves these settings alone.
+The rest of `prep.images` leaves the settings alone, at import and when called.
 """
 
 import warnings

@@ -15,9 +15,9 @@ from prep.verify.sources import SourceImages, recipe_of, unreadable
 
 
 def compare_image(folder: Path, index: Index, image: int, sources: SourceImages, skip: set[int]) -> list[Finding]:
-    """Hold the stored pixels of an image against its source files, LR made from it again.
+    """Compare the stored pixels of an image with its source files; LR that was made is made again.
 
-    Planes in `skip` (by scale) are known to be damaged. A source that has changed is told as such, not by its pixels.
+    Planes in `skip` (by scale) are known to be damaged. A changed source is reported as such, not by its pixels.
     """
     number = int(index.shard[image])
     path = folder / index.shards[number].file
@@ -27,7 +27,7 @@ def compare_image(folder: Path, index: Index, image: int, sources: SourceImages,
         planes = read_planes(source, recipe_of(index))
     except ImageError as error:
         return [Finding(number, f"{where}: {error}", image)]
-    except ShardsError as error:  # of the storage
+    except ShardsError as error:  # the storage fails
         return [Finding(number, f"{where}: not compared: {error}", image, compared=False)]
     except OSError as error:
         failure = unreadable(error.filename or "a file", error)
@@ -52,7 +52,7 @@ def compare_image(folder: Path, index: Index, image: int, sources: SourceImages,
 def _difference(folder: Path, index: Index, image: int, scale: int, pixels: Pixels) -> str | None:
     height, width = (int(sizes[image]) for sizes in index.sizes(scale))
     if pixels.shape[:2] != (height, width):
-        return f"{height} × {width} of them in place of {pixels.shape[0]} × {pixels.shape[1]}"
+        return f"{height} × {width} pixels, not {pixels.shape[0]} × {pixels.shape[1]}"
     plane = index.planes[scale]
     wanted = split(pixels, plane.tile)
     stored = np.empty_like(wanted)
@@ -60,6 +60,6 @@ def _difference(folder: Path, index: Index, image: int, scale: int, pixels: Pixe
         files.read(int(index.shard[image]), int(plane.offset[image]), stored.reshape(-1))
     if np.array_equal(stored, wanted):
         return None
-    other = (stored != wanted).any(-1).swapaxes(1, 2).reshape(wanted.shape[0] * plane.tile, -1)
-    y, x = np.argwhere(other)[0]
-    return f"{np.count_nonzero(other)} others, the first at row {y}, column {x}"
+    different = (stored != wanted).any(-1).swapaxes(1, 2).reshape(wanted.shape[0] * plane.tile, -1)
+    y, x = np.argwhere(different)[0]
+    return f"{np.count_nonzero(different)} different ones, the first at row {y}, column {x}"

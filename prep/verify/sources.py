@@ -1,4 +1,4 @@
-"""The files that a dataset was made from: found again, known to be the same, and compared with what is stored."""
+"""The files that a dataset was built from, found again by name and digest."""
 
 import hashlib
 import os
@@ -11,23 +11,23 @@ import numpy as np
 
 from loader.format.layout import HR, RESIZES, Index
 from loader.system.safefile import open_named
-from prep.images.faults import NOWHERE, ImageError, StorageError
+from prep.images.faults import NOT_FOUND, ImageError, StorageError
 from prep.images.find import ImageFile
 from prep.shard.shard import Recipe, Source
 
 
 @dataclass(frozen=True)
 class SourceImages:
-    """Where the images are (folders, or files named outright), and the folder of LR images, where LR was given."""
+    """Where the source images are: folders or single files, and the folder of LR images if LR was given."""
 
     folders: tuple[Path, ...]
     lr: Path | None = None
 
     def find(self, index: Index, image: int) -> Source:
-        """The files of one image of a dataset; LR only where it was given and is there to compare.
+        """Return the source files of one image; LR only if it was given and `lr` names its folder.
 
         Raises:
-            StorageError: whether a file has changed cannot be told: it cannot be read.
+            StorageError: a file cannot be read, so that it may have changed or not.
             ImageError: a file is missing, or has changed since the build.
         """
         lr = {}
@@ -38,12 +38,12 @@ class SourceImages:
         return Source(_matching_file(index, image, HR, self.folders), lr)
 
     def covers(self, index: Index) -> bool:
-        """Whether every plane can be compared."""
+        """Return whether every plane can be compared."""
         return index.lr.made != "given" or self.lr is not None
 
 
 def recipe_of(index: Index) -> Recipe:
-    """How a dataset was built, as far as its bytes depend on it."""
+    """Return the recipe by which a dataset was built, as far as its bytes depend on it."""
     made = index.lr
     return Recipe(
         scales=index.scales,
@@ -58,23 +58,23 @@ def recipe_of(index: Index) -> Recipe:
 
 
 def unreadable(path: Path | str, error: OSError) -> StorageError:
-    """What the storage does not give may have changed, or not."""
+    """Return the error of a file that cannot be read: whether it has changed is unknown."""
     return StorageError(f"{path}: could not be read: {error.strerror or error}")
 
 
 def _matching_file(index: Index, image: int, scale: int, folders: tuple[Path, ...]) -> ImageFile:
-    """The file that a plane of an image came from: the one of its name and digest."""
+    """Return the file that a plane of an image was built from, by its name and digest."""
     plane = index.planes[scale]
     assert plane.source is not None
     assert plane.source_sha256 is not None
     name, expected = plane.source[image], plane.source_sha256[image]
-    places = [folder / name if _is_kind(folder, stat.S_ISDIR) else folder for folder in folders]
-    there = [path for path in places if path.as_posix().endswith(name) and _is_kind(path, stat.S_ISREG)]
-    if not there:
-        raise ImageError(f"{name}: expected this file in {', '.join(map(str, folders))}, got none there")
-    others: list[str] = []
+    candidates = [folder / name if _is_kind(folder, stat.S_ISDIR) else folder for folder in folders]
+    existing = [path for path in candidates if path.as_posix().endswith(name) and _is_kind(path, stat.S_ISREG)]
+    if not existing:
+        raise ImageError(f"{name}: expected this file in {', '.join(map(str, folders))}, got none")
+    changed: list[str] = []
     failures: list[StorageError] = []
-    for path in there:
+    for path in existing:
         try:
             digest = _sha256(path)
         except OSError as error:
@@ -82,18 +82,18 @@ def _matching_file(index: Index, image: int, scale: int, folders: tuple[Path, ..
             continue
         if digest == expected:
             return ImageFile(path, name)
-        others.append(f"{path}: changed since the build: sha256: expected {expected}, got {digest}")
-    if failures:  # it may be the one
+        changed.append(f"{path}: changed since the build: sha256: expected {expected}, got {digest}")
+    if failures:  # it may be the right one
         raise failures[0]
-    raise ImageError(others[0])
+    raise ImageError(changed[0])
 
 
 def _is_kind(path: Path, kind: Callable[[int], bool]) -> bool:
-    """Whether there is something of a kind. StorageError where the storage does not tell."""
+    """Return whether something of a kind exists at `path`; StorageError if that cannot be determined."""
     try:
         return kind(path.stat().st_mode)
     except OSError as error:
-        if error.errno in NOWHERE:
+        if error.errno in NOT_FOUND:
             return False
         raise unreadable(path, error) from None
 

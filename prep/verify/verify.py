@@ -1,4 +1,4 @@
-"""A whole dataset against its index, its sources, or both; bad shards repaired. Shards are checked side by side."""
+"""Verifying and repairing whole datasets, in parallel threads."""
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -21,21 +21,21 @@ Report = Callable[[int], None]
 
 
 class _Stopped(Exception):  # noqa: N818
-    """Work that is no longer wanted."""
+    """Work in progress is no longer wanted."""
 
 
 def check_shards(
     folder: Path, index: Index, numbers: Sequence[int], workers: int, quick: bool, report: Report
 ) -> list[Finding]:
-    """What is wrong with shards.
+    """Check shards against the index and return the findings.
 
     Args:
         folder: of the dataset.
         index: the dataset's.
         numbers: of the shards to check.
-        workers: threads; reading and checksums hold no lock of the interpreter.
-        quick: look at lengths, and at the structure of HDF5 files, only: pixels are not read, and not seen.
-        report: is told how many planes of images are done, or shards if it is quick.
+        workers: threads; reading and checksums release the interpreter lock.
+        quick: check only lengths and the structure of HDF5 files, without reading pixels.
+        report: called with the number of planes of images checked, or of shards if `quick`.
     """
 
     def check(number: int, tick: Tick) -> Iterable[Finding]:
@@ -44,7 +44,7 @@ def check_shards(
             tick()
         else:
             findings = check_shard(folder, index, number, tick)
-        # libhdf5 is not shown a file that is known to be damaged.
+        # Keep files known to be damaged away from libhdf5.
         if index.container == "hdf5" and all(finding.image is not None for finding in findings):
             findings += check_structure(folder, index, number)
         return findings
@@ -55,16 +55,16 @@ def check_shards(
 def compare_images(
     folder: Path, index: Index, sources: SourceImages, known: Sequence[Finding], workers: int, report: Report
 ) -> list[Finding]:
-    """Where the stored images differ from their sources, besides the findings that are known already.
+    """Compare all stored images with their sources and return new findings, besides those in `known`.
 
-    `report` is told how many images are done.
+    `report` is called with the number of images compared.
     """
     bad = {(finding.image, finding.scale) for finding in known}
-    # Of a shard of another length nothing is read.
-    closed = {number for number in {finding.shard for finding in known} if any(check_length(folder, index, number))}
+    # Nothing is read from a shard of the wrong length.
+    unreadable = {number for number in {finding.shard for finding in known} if any(check_length(folder, index, number))}
 
     def compare(image: int, tick: Tick) -> Iterable[Finding]:
-        skip = {scale for scale in index.planes if (image, scale) in bad or int(index.shard[image]) in closed}
+        skip = {scale for scale in index.planes if (image, scale) in bad or int(index.shard[image]) in unreadable}
         findings = compare_image(folder, index, image, sources, skip)
         tick()
         return findings
@@ -75,23 +75,23 @@ def compare_images(
 def repair_shards(
     folder: Path, index: Index, sources: SourceImages, numbers: Sequence[int], workers: int, report: Report
 ) -> dict[int, str | None]:
-    """Build shards again from their sources; by number, why one could not be repaired, or None where it was.
+    """Rebuild shards from their sources; return by number why one could not be repaired, or None if it was.
 
-    The caller sees to it that nobody else writes in the folder. `report` is told how many images are done.
+    The caller must hold the folder's lock. `report` is called with the number of images done.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: the folder cannot be written to.
     """
 
     def repair(number: int, tick: Tick) -> Iterable[tuple[int, str | None]]:
         try:
-            repair_shard(folder, place, index, number, sources, tick)
+            repair_shard(folder, workspace, index, number, sources, tick)
         except ShardsError as error:
             return [(number, str(error))]
         left = check_shards(folder, index, [number], 1, False, lambda done: None)
         return [(number, left[0].text if left else None)]
 
-    with repair_folder(folder) as place:
+    with repair_folder(folder) as workspace:
         return dict(_in_threads(repair, numbers, workers, report))
 
 

@@ -186,7 +186,7 @@ def test_lr_of_equal_names_is_found(hr: Path, tmp_path: Path) -> None:
         assert [pair.name for pair in pairs] == ["a", "b"]
         assert np.array_equal(pairs[1].lr, photograph(20, 25, ord("b")))
     Pillow.fromarray(photograph(20, 25, 99)).save(lr / "X2" / "c.png")
-    with pytest.raises(ShardsError, match="no HR image for it"):
+    with pytest.raises(ShardsError, match="no HR image"):
         list(read_pairs(hr, lr, 2))
 
 

@@ -27,11 +27,11 @@ LOCAL = Measurements("ext4", False, 8 * 10**9, 4 * 10**9, 0.1, 500.0, 1.0, {"mma
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, 'Fine as it is: io="auto" (mmap here)'),
-        ({"network": True}, 'Fine as it is: io="auto" (pread here)'),
+        ({}, 'No change needed: io="auto" (mmap here)'),
+        ({"network": True}, 'No change needed: io="auto" (pread here)'),
         ({"cold": {"mmap": 700.0, "pread": 2e3}}, 'Use io="pread"'),
         ({"cold": {"mmap": 2e3, "pread": 700.0}, "network": True}, 'Use io="mmap"'),
-        ({"cold": {"mmap": 50.0, "pread": 100.0}}, 'too slow for this training, and memory too small'),
+        ({"cold": {"mmap": 50.0, "pread": 100.0}}, 'too slow for this training, and memory is too small'),
         ({"cold": {"mmap": 50.0, "pread": 100.0}}, 'cp -r -- some/where "${TMPDIR:?}"/    # about 0.3 minutes'),
         ({"cold": {"mmap": 50.0, "pread": 100.0}, "free_memory": 20 * 10**9}, "The first epoch will wait"),
         ({"warm": {"mmap": 600.0, "pread": 500.0}}, "Even from memory"),
@@ -62,7 +62,7 @@ def test_measuring(dataset: Path) -> None:
         assert min(rates.values()) > 0
     assert facts["advice"]
     result = CliRunner().invoke(main, arguments)
-    assert "training takes      40 patches/s" in result.output
+    assert "training needs      40 patches/s" in result.output
 
 
 def test_wrong_use(dataset: Path, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_storage_that_fails_is_one_line(dataset: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "pread", fail)
     result = bench(dataset)
     assert result.exit_code == 1
-    assert result.output == f"Error: {dataset}: expected storage that can be read, got Input/output error\n"
+    assert result.output == f"Error: {dataset}: expected readable storage, got Input/output error\n"
 
 
 @pytest.mark.parametrize("name", ["urban x4 ü", "it's", "-r", "$(touch owned)", "a\x1b[2J\nb", "~", "*", "\udce4"])

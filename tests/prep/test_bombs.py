@@ -14,7 +14,7 @@ from PIL import Image
 
 from prep.images.decode import decode, read_file, read_size
 from prep.images.faults import ImageError
-from prep.images.header import BYTES_BESIDES, kind_of
+from prep.images.header import EXTRA_BYTES, format_of
 from prep.images.jpeg import MAX_SCANS, count_scans
 
 RGB = photograph(23, 31)
@@ -46,7 +46,7 @@ def test_a_sparse_file_is_not_read(tmp_path: Path, kind: str) -> None:
         sparse(tmp_path / "in/a.png", data, 20 * GB)
     except OSError:
         pytest.skip("this file system takes no such file")
-    expected = "expected PNG, JPEG" if kind == "nothing" else f"expected at most {BYTES_BESIDES + 16 * 23 * 31} bytes"
+    expected = "expected PNG, JPEG" if kind == "nothing" else f"expected at most {EXTRA_BYTES + 16 * 23 * 31} bytes"
     for read in (read_size, read_file):
         with pytest.raises(ImageError, match=expected):
             read(tmp_path / "in/a.png")
@@ -91,7 +91,7 @@ def pages(count: int, *, loop: bool = False) -> bytes:
 def test_a_tiff_of_many_pages() -> None:
     """40,000 took Pillow a time that grows with their square to count."""
     for data in (pages(2), pages(40_000), pages(1, loop=True)):
-        with pytest.raises(ImageError, match="x: expected one picture, got 2 or more"):
+        with pytest.raises(ImageError, match="x: expected one image, got 2 or more"):
             decode(data, "x")
     assert decode(encoded("TIFF"), "x").shape == (23, 31, 3)
 
@@ -103,7 +103,7 @@ def test_a_tiff_of_many_or_large_tags(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="65535 tags"):
         decode(bytes(data), "x")
     for cut in (9, first + 1, first + 30):
-        with pytest.raises(ImageError, match="expected a whole image, got a damaged one"):
+        with pytest.raises(ImageError, match="expected a complete image, got a damaged one"):
             decode(encoded("TIFF")[:cut], "x")
 
 
@@ -132,7 +132,7 @@ def test_a_png_that_is_all_text() -> None:
     """Compressed text that would fill the memory, and chunks without number, before the pixels."""
     data = encoded("PNG")
     text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 26), 9))
-    with pytest.raises(ImageError, match="expected a whole image, got a damaged one"):
+    with pytest.raises(ImageError, match="expected a complete image, got a damaged one"):
         decode(data[:33] + text * 3 + data[33:], "x")
 
 
@@ -141,7 +141,7 @@ def test_kinds_are_told_by_name() -> None:
         (b"GIF89a", "GIF"), (b"\0\0\0\x20ftypavif", "AVIF"), (b"\0\0\0\x18ftypheic", "HEIC"), (b"8BPS\0\1", "PSD"),
         (b"%PDF-1.4", "PDF"), (b"RIFF\0\0\0\0WAVE", None), (b"", None),
     ):  # fmt: skip
-        assert kind_of(head) == kind
+        assert format_of(head) == kind
         with pytest.raises(ImageError, match=f"expected PNG, JPEG, BMP, TIFF or WebP, got {kind or 'something else'}"):
             decode(head, "x")
 

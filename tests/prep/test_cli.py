@@ -75,7 +75,7 @@ def test_sample() -> None:
     ("arguments", "code", "message"),
     [
         ([], 2, "Missing option '--scale'"),
-        (["none", "--scale", 4], 1, "none: expected a folder of images or an image file, got nothing there"),
+        (["none", "--scale", 4], 1, "none: expected a folder of images or an image file, got nothing"),
         ([".", "--scale", 5], 2, "--scale: expected some of 2, 3, 4, 8, got 5"),
         ([".", "--scale", 4, "--tile", 60], 1, "tile: expected a multiple of 16"),
         (["a", "b", "--scale", 4], 2, "--out is required with several sources"),

@@ -174,7 +174,7 @@ def test_prep_itself(folder: Path, tmp_path: Path) -> None:
     run = f"from prep.cli import main; main(['verify', {str(dataset)!r}, '--workers', '1'])"
     ended = shell("$RUN 2>&-", run)
     assert ended.returncode == 0
-    assert re.search("5 images in 3 shards, .*: all as recorded\n", ended.stdout)
+    assert re.search("5 images in 3 shards, .*: everything matches the index\n", ended.stdout)
     ended = shell("$RUN > /dev/full", run)
     assert (ended.returncode, ended.stderr.splitlines()[-1]) == (
         1, "Error: standard output: No space left on device",

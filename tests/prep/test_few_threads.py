@@ -41,7 +41,7 @@ def test_verify_goes_on_with_fewer(dataset: Path, folder: Path, limit: list[int]
     limit[0] = most
     result = CliRunner().invoke(main, ["verify", str(dataset), "--workers", "4", "--source", str(folder)])
     assert result.exit_code == 0, result.output
-    assert result.stdout.endswith("all as recorded and as the sources have it\n")
+    assert result.stdout.endswith("everything matches the index and the sources\n")
 
 
 def test_bench_says_what_it_could_not_measure(dataset: Path, limit: list[int]) -> None:

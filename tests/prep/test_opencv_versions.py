@@ -115,5 +115,5 @@ def test_a_cut_jpeg_is_refused_whatever_opencv_makes_of_it(monkeypatch: pytest.M
     monkeypatch.setattr("cv2.imdecode", lambda *_: whole)
     assert decode(data, "x").shape == (40, 50, 3)
     for cut in (len(data) // 2, len(data) - 2, len(data) - 1):
-        with pytest.raises(ImageError, match="expected a whole image, got a damaged one"):
+        with pytest.raises(ImageError, match="expected a complete image, got a damaged one"):
             decode(data[:cut], "x")

@@ -22,7 +22,7 @@ from loader.format.index import read_index
 from loader.system.safefile import open_named
 from prep.images import decode as images
 from prep.images.decode import read_file, read_image, read_size
-from prep.images.faults import ImageError, Place, StorageError, explain
+from prep.images.faults import ImageError, SourceFolder, StorageError, explain
 from prep.images.find import find_images
 from prep.images.pair import pair_lr
 
@@ -143,7 +143,7 @@ def test_the_order_of_a_folder_does_not_matter(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(os, "scandir", Shuffled)
         notes: list[str] = []
         outcomes.append([file.name for file in find_images([tmp_path / "in"], notes.append)])
-        assert notes == [f"{tmp_path / 'in'}: 1 of 3 images are reached through links"]
+        assert notes == [f"{tmp_path / 'in'}: 1 of 3 images were reached through links"]
     assert outcomes == [["b/one.png", "c/deep/three.png", "b/inner/two.png"]] * 6
 
 
@@ -154,8 +154,8 @@ def test_links_are_told(tmp_path: Path) -> None:
     run = prep(tmp_path, "build-shards", "in", "--scale", "2", "--workers", "1")
     assert run.returncode == 0
     assert run.stderr.decode().splitlines() == [
-        "in: 1 links lead nowhere, and are passed over: in/gone",
-        "in: 1 of 2 images are reached through links",
+        "in: 1 broken links are ignored: in/gone",
+        "in: 1 of 2 images were reached through links",
     ]
 
 
@@ -172,12 +172,12 @@ def test_errors_of_the_storage_are_no_bad_images(tmp_path: Path, name: str) -> N
 def test_errors_of_one_file_are_bad_images(tmp_path: Path, name: str) -> None:
     error = OSError(getattr(errno, name), "so")
     (tmp_path / "in").mkdir()
-    place = Place.of(tmp_path / "in")
-    assert isinstance(explain(error, tmp_path / "in/a.png", place), ImageError)
+    source_folder = SourceFolder.of(tmp_path / "in")
+    assert isinstance(explain(error, tmp_path / "in/a.png", source_folder), ImageError)
     (tmp_path / "in").rename(tmp_path / "moved")  # as where a mount went away
-    assert isinstance(explain(error, tmp_path / "in/a.png", place), StorageError)
+    assert isinstance(explain(error, tmp_path / "in/a.png", source_folder), StorageError)
     (tmp_path / "in").mkdir()
-    assert isinstance(explain(error, tmp_path / "in/a.png", place), StorageError)
+    assert isinstance(explain(error, tmp_path / "in/a.png", source_folder), StorageError)
 
 
 class Dying:
@@ -214,16 +214,16 @@ def test_a_mount_that_dies_ends_the_build_which_resumes(
         storage.dead = done >= 2
 
     storage.dead = True
-    with pytest.raises(StorageError, match=r"expected storage that works, got Transport endpoint is not connected"):
+    with pytest.raises(StorageError, match=r"expected working storage, got Transport endpoint is not connected"):
         build(folder, tmp_path / "headers", **each)
     assert not (tmp_path / "headers").exists()
     storage.dead = False
-    with pytest.raises(ShardsError, match=r"(?s)d e.png: expected storage that works.*\n3 of 5 shards are finished"):
+    with pytest.raises(ShardsError, match=r"(?s)d e.png: expected working storage.*\n3 of 5 shards are finished"):
         build(folder, out, **each, report=die)
     kept = digests(out)
     assert "index.json" not in kept
     storage.dead = True
-    with pytest.raises(ShardsError, match=r"d e.png: expected storage that works"):
+    with pytest.raises(ShardsError, match=r"d e.png: expected working storage"):
         build(folder, out, **each)  # the stamps cannot be compared: that is no reason to build all anew
     assert digests(out) == kept
     storage.dead = False
@@ -243,7 +243,7 @@ def test_a_source_that_goes_away_is_not_left_out(folder: Path, tmp_path: Path, e
             if empty:
                 source.mkdir()
 
-    with pytest.raises(ShardsError, match=r"(?s)/in is gone or another one.*\n2 of 5 shards are finished"):
+    with pytest.raises(ShardsError, match=r"(?s)/in is gone or has been replaced.*\n2 of 5 shards are finished"):
         build(source, out, **each, report=unmount)
     assert not (out / "index.json").exists()
     if empty:
@@ -277,7 +277,7 @@ def test_a_worker_that_meets_a_dying_storage(folder: Path, tmp_path: Path) -> No
     )  # fmt: skip
     assert run.returncode == 1
     assert "Traceback" not in run.stderr
-    assert "d e.png: expected storage that works, got Input/output error" in run.stderr
+    assert "d e.png: expected working storage, got Input/output error" in run.stderr
     assert not (tmp_path / "out/index.json").exists()
 
 
@@ -318,7 +318,7 @@ def test_a_folder_that_cannot_be_told_from_a_file_is_an_error(tmp_path: Path, mo
 def test_short_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenCV tells nothing of why it gives no pixels."""
     monkeypatch.setattr("cv2.imdecode", lambda *_: None)
-    with pytest.raises(ImageError, match="cut or damaged"):
+    with pytest.raises(ImageError, match="truncated or damaged"):
         images.decode(encoded("PNG"), "x")
 
     def short(*_: object) -> None:
@@ -356,5 +356,5 @@ def test_a_file_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return os.stat_result(found)
 
     monkeypatch.setattr("os.fstat", short)
-    with pytest.raises(ImageError, match="got one that grows"):
+    with pytest.raises(ImageError, match="got one that is growing"):
         read_file(tmp_path / "a.png")

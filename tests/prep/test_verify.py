@@ -72,9 +72,9 @@ def planes_with(index: Index, scale: int, column: str, image: int, value: int) -
 @pytest.mark.parametrize("workers", [1, 4])
 def test_a_whole_dataset(dataset: Path, folder: Path, workers: int) -> None:
     for arguments, verdict in (
-        ([], "all as recorded"),
-        (["--quick"], "lengths and structure as recorded; pixels were not read"),
-        (["--source", folder], "all as recorded and as the sources have it"),
+        ([], "everything matches the index"),
+        (["--quick"], "lengths and HDF5 structure match the index; pixels were not read"),
+        (["--source", folder], "everything matches the index and the sources"),
     ):
         result = verify(dataset, "--workers", workers, *arguments)
         assert result.exit_code == 0
@@ -182,7 +182,8 @@ def test_a_damaged_index(copy: Path, folder: Path) -> None:
         assert result.stderr.count("\n") == 1
         assert "index.json: sha256: expected as last line the SHA-256 of all lines before it" in result.stderr
     assert (
-        "an index cannot be repaired: build-shards --overwrite" in verify(copy, "--repair", "--source", folder).stderr
+        "an index cannot be repaired: rebuild the dataset with build-shards --overwrite"
+        in verify(copy, "--repair", "--source", folder).stderr
     )
 
 
@@ -281,7 +282,7 @@ def test_sources_that_changed_or_are_gone(dataset: Path, originals: Path) -> Non
     assert len(lines) == 4
     assert "image 'a': source: " in lines[0]
     assert "a.png: changed since the build: sha256: expected " in lines[0]
-    assert f"image 'c': source: c.png: expected this file in {originals}, got none there" in lines[1]
+    assert f"image 'c': source: c.png: expected this file in {originals}, got none" in lines[1]
     assert "image 'ü': source: ü.png: expected this file in" in lines[2]
 
 
@@ -311,7 +312,7 @@ def test_pixels_that_are_not_the_sources(copy: Path, folder: Path) -> None:
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     assert "HR of image 'a': expected the pixels of " in lines[0]
-    assert lines[0].endswith("a.png, got 1 others, the first at row 1, column 2")
+    assert lines[0].endswith("a.png, got 1 different ones, the first at row 1, column 2")
     assert "X3 of image 'b': expected the pixels of " in lines[1]
     assert len(lines) == 3
     # What agrees with its index is not for --repair to change.
@@ -330,14 +331,14 @@ def test_given_lr(given: tuple[Path, Path], folder: Path) -> None:
     data, lr = given
     result = verify(data, "--source", folder)
     assert result.exit_code == 0
-    assert result.stdout.endswith("but for the LR, which was given: --lr compares it\n")
+    assert result.stdout.endswith("except the given LR (compare it with --lr)\n")
     result = verify(data, "--source", folder, "--lr", lr)
     assert result.exit_code == 0
-    assert result.stdout.endswith("as the sources have it\n")
+    assert result.stdout.endswith("matches the index and the sources\n")
     path = place(data, 0, HR)[0]
     path.unlink()
     assert (
-        f"{path}: not repaired: its LR was given: --lr names the folder"
+        f"{path}: not repaired: its LR was given: name its folder with --lr"
         in verify(data, "--source", folder, "--repair").stdout
     )
     assert verify(data, "--source", folder, "--lr", lr, "--repair").exit_code == 0
@@ -363,7 +364,7 @@ def test_repair(copy: Path, folder: Path, dataset: Path, tmp_path: Path, harm: s
     result = verify(copy, "--source", folder, "--repair")
     assert result.exit_code == 0, result.output
     assert f"{path}: repaired" in result.stdout
-    assert ": 1 shards repaired, all as recorded" in result.stdout
+    assert ": 1 shards repaired, everything matches the index" in result.stdout
     assert path.read_bytes() == (dataset / path.name).read_bytes()
     assert not path.is_symlink()
     assert {file.name: file.stat().st_mtime_ns for file in copy.iterdir() if file != path} == others
@@ -396,9 +397,7 @@ def test_a_rebuilt_shard_must_have_the_recorded_digest(copy: Path, dataset: Path
     before = path.read_bytes()
     result = verify(copy, "--source", folder, "--repair")
     assert result.exit_code == 1
-    assert (
-        f"{path}: not repaired: built again from its sources: expected sha256 {index.shards[0].sha256}" in result.stdout
-    )
+    assert f"{path}: not repaired: rebuilt from its sources: expected sha256 {index.shards[0].sha256}" in result.stdout
     assert path.read_bytes() == before
     assert {path.name for path in copy.iterdir()} == {path.name for path in dataset.iterdir()}
 

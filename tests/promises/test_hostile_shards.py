@@ -365,7 +365,7 @@ def test_a_storage_that_fails_is_no_changed_source(
     assert len(lines) == 5
     assert all(f"could not be read: {os.strerror(code)}" in line for line in lines)
     assert "changed since" not in result.stdout
-    assert last.endswith(": nothing wrong found; 5 images could not be compared")
+    assert last.endswith(": no damage found; 5 images could not be compared")
 
 
 def test_one_of_several_sources_that_fails(dataset: Path, folder: Path, tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_arguments_that_are_empty(dataset: Path) -> None:
     for words in (["verify", ""], ["verify", dataset, "--source", ""], ["bench", ""]):
         result = CliRunner().invoke(main, list(map(str, words)))
         assert result.exit_code == 2
-        assert "a shell variable that is not set?" in result.output
+        assert "an unset shell variable?" in result.output
 
 
 def test_repair_of_a_shard_whose_sources_cannot_be_read(
