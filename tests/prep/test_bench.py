@@ -1,4 +1,4 @@
-"""`prep bench`: it measures something on any dataset, and its advice follows from what it measured."""
+"""`prep bench`: it measures any dataset, and its advice follows from the results."""
 
 import errno
 import json
@@ -37,11 +37,11 @@ LOCAL = Measurements("ext4", False, 8 * 10**9, 4 * 10**9, 0.1, 500.0, 1.0, {"mma
         ({"warm": {"mmap": 600.0, "pread": 500.0}}, "Even from memory"),
     ],
 )  # fmt: skip
-def test_advice(change: dict[str, object], message: str) -> None:
+def test_recommendation(change: dict[str, object], message: str) -> None:
     assert message in recommendation(replace(LOCAL, **change), Path("some/where"))  # type: ignore[arg-type]
 
 
-def test_pages_that_stay_are_told() -> None:
+def test_report_mentions_pages_that_stay_cached() -> None:
     workload = Workload(4, 64, 64, 100.0, 2)
     text = "\n".join(report_lines(replace(LOCAL, evicted=0.25), workload, Path("d")))
     assert "75% of the pages stayed in memory" in text
@@ -49,7 +49,7 @@ def test_pages_that_stay_are_told() -> None:
     assert "stayed" not in "\n".join(report_lines(LOCAL, workload, Path("d")))
 
 
-def test_measuring(dataset: Path) -> None:
+def test_measure(dataset: Path) -> None:
     arguments = ["bench", str(dataset), "--lr-patch", "8", "--batch-size", "4", "--seconds", "0.7"]
     result = CliRunner().invoke(main, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
@@ -65,7 +65,7 @@ def test_measuring(dataset: Path) -> None:
     assert "training needs      40 patches/s" in result.output
 
 
-def test_wrong_use(dataset: Path, tmp_path: Path) -> None:
+def test_usage_errors(dataset: Path, tmp_path: Path) -> None:
     for arguments in ([str(tmp_path)], [str(dataset), "--scale", "8"], [str(dataset), "--lr-patch", "300"]):
         result = CliRunner().invoke(main, ["bench", *arguments])
         assert result.exit_code == 1
@@ -83,8 +83,8 @@ def bench(dataset: Path, *words: object) -> Result:
 
 @pytest.mark.parametrize("error", [FormatError("x: expected a file that can be mapped, got No such device"),
                                    MemoryError()])  # fmt: skip
-def test_where_files_cannot_be_mapped(dataset: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """As through FUSE with direct_io, or under `ulimit -v`: positional reads are measured all the same."""
+def test_files_that_cannot_be_mapped(dataset: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """As on FUSE with direct_io, or under `ulimit -v`: positional reads are still measured."""
 
     def no_map(*_: object) -> None:
         raise error
@@ -97,8 +97,8 @@ def test_where_files_cannot_be_mapped(dataset: Path, monkeypatch: pytest.MonkeyP
     assert "io='mmap' was not measured: " in bench(dataset).output
 
 
-def test_where_memory_is_short(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positional reads keep tiles ahead, mappings do not; what does not fit is not tried, or the kernel ends it."""
+def test_not_enough_memory(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positional reads hold tiles in memory; what does not fit is not tried, since Linux would kill the process."""
     index, workload = read_index(dataset), Workload(4, 64, 64, 100.0, 2)
     assert short_of_memory(index, workload, "mmap", 1 << 27) is None
     assert short_of_memory(index, workload, "pread", 1 << 27)
@@ -111,11 +111,11 @@ def test_where_memory_is_short(dataset: Path, monkeypatch: pytest.MonkeyPatch) -
     assert result.output.count("a smaller --batch-size needs less") == 2
 
 
-def test_storage_that_fails_is_one_line(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_storage_is_a_one_line_error(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pread
 
     def fail(descriptor: int, size: int, offset: int) -> bytes:
-        if size != PAGE:  # of the index
+        if size != PAGE:  # reading the index
             return real(descriptor, size, offset)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -126,7 +126,7 @@ def test_storage_that_fails_is_one_line(dataset: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ["urban x4 ü", "it's", "-r", "$(touch owned)", "a\x1b[2J\nb", "~", "*", "\udce4"])
-def test_the_command_to_copy_can_be_pasted(tmp_path: Path, name: str) -> None:
+def test_copy_command_can_be_pasted(tmp_path: Path, name: str) -> None:
     slow = replace(LOCAL, cold={"mmap": 50.0, "pread": 100.0})
     data, target = tmp_path / name, tmp_path / "target"
     data.mkdir()
@@ -142,11 +142,11 @@ def test_the_command_to_copy_can_be_pasted(tmp_path: Path, name: str) -> None:
     assert "TMPDIR" in str(ended.stderr)
 
 
-def test_the_working_directory_is_copied_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_working_directory_is_copied_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert shell_word(Path()) == str(tmp_path)
     assert shell_word(Path("..")) == str(tmp_path.parent)
 
 
-def test_a_scale_of_none_is_refused(dataset: Path) -> None:
+def test_scale_zero_is_refused(dataset: Path) -> None:
     assert bench(dataset, "--scale", 0).exit_code == 2

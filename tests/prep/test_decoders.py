@@ -1,4 +1,4 @@
-"""OpenCV from 4.10 on: where its log is made silent differs, and what it does about files that are cut."""
+"""Pillow and OpenCV: only commands change their settings; OpenCV 4.10 and later all work."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from prep.images import decoders
 
 
 def old(levels: list[int]) -> SimpleNamespace:
-    """OpenCV 4.10: setLogLevel is at the top, and cv2.utils has no logging."""
+    """Return OpenCV 4.10's layout: setLogLevel at the top, and no cv2.utils.logging."""
     return SimpleNamespace(setLogLevel=levels.append, utils=ModuleType("cv2.utils"))
 
 
@@ -26,13 +26,13 @@ def new(levels: list[int]) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("make", [old, new])
-def test_silence_is_found_where_it_is(monkeypatch: pytest.MonkeyPatch, make: object) -> None:
+def test_every_opencv_version_is_silenced(monkeypatch: pytest.MonkeyPatch, make: object) -> None:
     levels: list[int] = []
     assert callable(make)
     monkeypatch.setattr(decoders, "cv2", make(levels))
     decoders.configure_decoders()
     assert levels == [0]
-    monkeypatch.setattr(decoders, "cv2", SimpleNamespace())  # no way at all: it may be loud
+    monkeypatch.setattr(decoders, "cv2", SimpleNamespace())  # no setLogLevel at all
     decoders.configure_decoders()
 
 
@@ -46,8 +46,8 @@ before = settings()
 """
 
 
-def test_importing_and_reading_change_no_setting_of_the_process(folder: Path) -> None:
-    """Programs that import this project own their process; only commands configure the decoders."""
+def test_importing_and_reading_change_no_settings(folder: Path) -> None:
+    """A program that imports this project owns its process; only our commands configure the decoders."""
     code = SETTINGS + (
         "import train, model.evaluate.evaluate, model.enlarge.upscale, model.export, model.curves\n"
         "import loader, prep.cli, prep.build.build, prep.verify.verify\n"
@@ -61,7 +61,7 @@ def test_importing_and_reading_change_no_setting_of_the_process(folder: Path) ->
 
 @pytest.fixture(scope="module")
 def odd_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two good images: Pillow warns of the EXIF data of one, OpenCV of an unknown tag in the other."""
+    """Two valid images: Pillow warns about the EXIF data of one, OpenCV about an unknown tag in the other."""
     folder = tmp_path_factory.mktemp("odd")
     image = Image.fromarray(photograph(64, 72))
     image.save(folder / "exif.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\0\0\0\0")
@@ -78,7 +78,7 @@ def run_silently(*words: object) -> None:
     assert (run.returncode, run.stderr) == (0, "")
 
 
-def test_without_configuration_the_decoders_print(odd_images: Path) -> None:
+def test_unconfigured_decoders_print(odd_images: Path) -> None:
     """The tests below can fail."""
     code = "import sys; from pathlib import Path; from model.evaluate.pairs import read_pairs\n"
     code += "list(read_pairs(Path(sys.argv[1]), None, 2))"
@@ -102,8 +102,8 @@ def test_model_commands_print_no_decoder_messages(odd_images: Path, tmp_path: Pa
     run_silently("-m", "model.upscale", odd_images, *flags)
 
 
-def test_a_cut_jpeg_is_refused_whatever_opencv_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenCV 4.10 makes up the pixels that are missing."""
+def test_truncated_jpeg_is_refused_even_if_opencv_decodes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenCV 4.10 makes up the missing pixels."""
     import numpy as np
 
     from prep.images.decode import decode
