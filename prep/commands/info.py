@@ -87,7 +87,8 @@ def dataset_lines(facts: dict[str, Any]) -> list[str]:
     if skipped := facts["left_out"]:
         lines.append(f"{'skipped':<10}{len(skipped)} images (build-shards --retry-skipped tries them again):")
         lines += [f"  {bad['source']}: {bad['reason']}" for bad in skipped[:MAX_NAMED]]
-        lines += [f"  … and {len(skipped) - MAX_NAMED} more, see skipped.json"] * (len(skipped) > MAX_NAMED)
+        if len(skipped) > MAX_NAMED:
+            lines.append(f"  … and {len(skipped) - MAX_NAMED} more, see skipped.json")
     return [one_line(line) for line in lines]
 
 

@@ -34,7 +34,7 @@ def verify(
     """Check the dataset at DIR, to the last byte.
 
     Each shard is read once, to check its length, SHA-256, the CRC-32 of every image in every plane, padding, and HDF5
-    structure. With --source, pixels are compared with the images, and LR is made again. Each line of output is a
+    structure. With --source, pixels are compared with the images, and LR with newly made LR. Each line of output is a
     finding; the last line is a summary. The exit code is 1 if anything is wrong and was not repaired.
     """
     if repair and not sources:

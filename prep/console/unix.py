@@ -21,7 +21,7 @@ NO_THREAD = "can't start new thread"  # from Python's RuntimeError
 
 
 class _OutputError(Exception):
-    """Standard output takes no more: its reader is gone or its device is full.
+    """Standard output cannot be written to: its reader is gone or its device is full.
 
     A signal to `UnixCommand`, not an error for callers: handlers of OSError and ShardsError must not catch it.
     """
@@ -73,12 +73,12 @@ class UnixCommand(click.Command):
                 tell(f"Error: {error}")
                 raise SystemExit(1) from None
             except MemoryError as error:
-                tell(f"Error: expected enough memory, got none left{f' ({error})' * bool(str(error))}")
+                tell(f"Error: out of memory ({error})" if str(error) else "Error: out of memory")
                 raise SystemExit(1) from None
             except RuntimeError as error:
                 if NO_THREAD not in str(error):
                     raise
-                tell("Error: expected room for another thread, got none (see ulimit -u and -v)")
+                tell("Error: cannot start another thread (see ulimit -u and -v)")
                 raise SystemExit(1) from None
 
 

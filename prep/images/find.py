@@ -76,7 +76,7 @@ def find_images(sources: Sequence[Path], note: Note = lambda text: None) -> list
     for file in files:
         by_stem[normalized(file.stem)].append(file)
     duplicates = [
-        f"{stem}: {', '.join(map(_distinct, files))}" for stem, files in sorted(by_stem.items()) if len(files) > 1
+        f"{stem}: {', '.join(map(_distinct, twins))}" for stem, twins in sorted(by_stem.items()) if len(twins) > 1
     ]
     if duplicates:
         raise ShardsError(listing("expected each stem once, since it names the image, got duplicates", duplicates))
@@ -127,8 +127,9 @@ def _find(source: Path, note: Note) -> Iterator[tuple[Path, bytes, SourceFolder 
         raise ShardsError(one_line(f"{shown(source)}: expected a folder of images or an image file, got {got}"))
     tree = _walk(source)
     if tree.broken:
-        names = ", ".join([shown(path) for path in tree.broken[:MAX_NAMED]] + ["…"] * (len(tree.broken) > MAX_NAMED))
-        note(one_line(f"{shown(source)}: {len(tree.broken)} broken links are ignored: {names}"))
+        names = ", ".join(map(shown, tree.broken[:MAX_NAMED]))
+        more = ", …" if len(tree.broken) > MAX_NAMED else ""
+        note(one_line(f"{shown(source)}: {len(tree.broken)} broken links are ignored: {names}{more}"))
     if not tree.files:
         raise ShardsError(
             one_line(f"{shown(source)}: expected images ({', '.join(SUFFIXES)}), got none in this folder")

@@ -15,7 +15,7 @@ from prep.verify.sources import SourceImages, recipe_of, unreadable
 
 
 def compare_image(folder: Path, index: Index, image: int, sources: SourceImages, skip: set[int]) -> list[Finding]:
-    """Compare the stored pixels of an image with its source files; LR that was made is made again.
+    """Compare the stored pixels of an image with its source files; LR made by the build is made again.
 
     Planes in `skip` (by scale) are known to be damaged. A changed source is reported as such, not by its pixels.
     """
@@ -44,8 +44,8 @@ def compare_image(folder: Path, index: Index, image: int, sources: SourceImages,
             findings.append(Finding(number, str(error), image, scale))
             continue
         if text:
-            place = f"{path}: {plane_name(scale)} of image {index.name[image]!r}"
-            findings.append(Finding(number, f"{place}: expected the pixels of {file.path}, got {text}", image, scale))
+            plane = f"{path}: {plane_name(scale)} of image {index.name[image]!r}"
+            findings.append(Finding(number, f"{plane}: expected the pixels of {file.path}, got {text}", image, scale))
     return findings
 
 
@@ -62,4 +62,4 @@ def _difference(folder: Path, index: Index, image: int, scale: int, pixels: Pixe
         return None
     different = (stored != wanted).any(-1).swapaxes(1, 2).reshape(wanted.shape[0] * plane.tile, -1)
     y, x = np.argwhere(different)[0]
-    return f"{np.count_nonzero(different)} different ones, the first at row {y}, column {x}"
+    return f"{np.count_nonzero(different)} different pixels, the first at row {y}, column {x}"

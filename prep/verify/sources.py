@@ -27,7 +27,7 @@ class SourceImages:
         """Return the source files of one image; LR only if it was given and `lr` names its folder.
 
         Raises:
-            StorageError: a file cannot be read, so that it may have changed or not.
+            StorageError: a file cannot be read, so it is unknown whether it has changed.
             ImageError: a file is missing, or has changed since the build.
         """
         lr = {}
@@ -44,15 +44,15 @@ class SourceImages:
 
 def recipe_of(index: Index) -> Recipe:
     """Return the recipe by which a dataset was built, as far as its bytes depend on it."""
-    made = index.lr
+    lr = index.lr
     return Recipe(
         scales=index.scales,
         container=index.container,
         tile=index.planes[HR].tile,
         images_per_shard=int(np.bincount(index.shard).max()),
-        resize=made.resize or RESIZES[0],
-        border="replicate" if made.border == "replicate" else "symmetric",
-        given_lr=made.made == "given",
+        resize=lr.resize or RESIZES[0],
+        border="replicate" if lr.border == "replicate" else "symmetric",
+        given_lr=lr.made == "given",
         max_pixels=int((index.height * index.width).max()),
     )
 

@@ -75,7 +75,7 @@ def compare_images(
 def repair_shards(
     folder: Path, index: Index, sources: SourceImages, numbers: Sequence[int], workers: int, report: Report
 ) -> dict[int, str | None]:
-    """Rebuild shards from their sources; return by number why one could not be repaired, or None if it was.
+    """Rebuild shards from their sources; return for each number why the shard could not be repaired, None if it was.
 
     The caller must hold the folder's lock. `report` is called with the number of images done.
 
@@ -88,8 +88,8 @@ def repair_shards(
             repair_shard(folder, workspace, index, number, sources, tick)
         except ShardsError as error:
             return [(number, str(error))]
-        left = check_shards(folder, index, [number], 1, False, lambda done: None)
-        return [(number, left[0].text if left else None)]
+        remaining = check_shards(folder, index, [number], 1, False, lambda done: None)
+        return [(number, remaining[0].text if remaining else None)]
 
     with repair_folder(folder) as workspace:
         return dict(_in_threads(repair, numbers, workers, report))
@@ -114,6 +114,7 @@ def _in_threads(
         with guard:
             running = False
 
-    # Work must not be done twice at once: ask for no more threads than will start.
+    # in_threads may repeat an item if a thread fails to start, but a shard must not be repaired twice at once: ask only
+    # for threads that will start.
     results = in_threads(lambda item: list(work(item, tick)), items, startable_threads(workers), stop)
     return [result for some in results for result in some]

@@ -134,7 +134,7 @@ def test_file_errors_are_not_mistaken_for_output_errors() -> None:
 def test_out_of_memory_is_a_one_line_error() -> None:
     ended = shell("$RUN memory", GROUP)
     assert ended.returncode == 1
-    assert ended.stderr == "Error: expected enough memory, got none left (unable to allocate 9 TiB)\n"
+    assert ended.stderr == "Error: out of memory (unable to allocate 9 TiB)\n"
 
 
 def test_characters_the_locale_cannot_print_are_escaped() -> None:

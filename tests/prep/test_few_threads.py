@@ -64,6 +64,6 @@ def test_elsewhere_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         UnixCommand("x", callback=lambda: fail("can't start new thread")).main([])
     assert ended.value.code == 1
-    assert capsys.readouterr().err == "Error: expected room for another thread, got none (see ulimit -u and -v)\n"
+    assert capsys.readouterr().err == "Error: cannot start another thread (see ulimit -u and -v)\n"
     with pytest.raises(RuntimeError, match="a bug"):
         click.Command.main(UnixCommand("x", callback=lambda: fail("a bug")), [])

@@ -309,7 +309,7 @@ def test_pixels_that_differ_from_the_sources(copy: Path, folder: Path) -> None:
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     assert "HR of image 'a': expected the pixels of " in lines[0]
-    assert lines[0].endswith("a.png, got 1 different ones, the first at row 1, column 2")
+    assert lines[0].endswith("a.png, got 1 different pixels, the first at row 1, column 2")
     assert "X3 of image 'b': expected the pixels of " in lines[1]
     assert len(lines) == 3
     # --repair does not change shards that match the index.
