@@ -142,13 +142,14 @@ def main(
             if sheet is not None and len(rows) < sheet_rows:
                 rows.append(make_row(pair.name, pair.lr, sr, bicubic_upscaler(scale)(pair.lr), pair.hr, scale))
 
-        def leave_out(name: str, lack: str) -> None:
-            left_out[name] = lack
-            tell(one_line(f"image {name} is left out: {lack}"))
-
-        pairs = large_enough(_pairs(hr, lr, shards, scale, leave_out), scale, leave_out)
         collected: dict[str, Scores] = {}
         with Progress(None, "image") as progress:
+
+            def leave_out(name: str, lack: str) -> None:
+                left_out[name] = lack
+                progress.note(one_line(f"image {name} is left out: {lack}"))
+
+            pairs = large_enough(_pairs(hr, lr, shards, scale, leave_out), scale, leave_out)
             for name, scores in score_pairs(upscale, pairs, scale, watch=watch):
                 collected[name] = scores
                 if not as_json:

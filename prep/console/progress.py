@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import click
 from tqdm import tqdm
@@ -62,11 +62,19 @@ class Progress:
 
     def print(self, line: str) -> None:
         """Print a line on standard output, above the bar."""
+        with self._above_bar():
+            click.echo(line)
+
+    def note(self, text: str) -> None:
+        """Print a message on stderr, above the bar."""
+        with self._above_bar():
+            tell(text)
+
+    def _above_bar(self) -> AbstractContextManager[None]:
         if self._bar is None:
-            click.echo(line)
-            return
-        with Bar.external_write_mode(sys.stdout):
-            click.echo(line)
+            return nullcontext()
+        context: AbstractContextManager[None] = Bar.external_write_mode(self._bar.fp)
+        return context
 
     def _line(self, done: int, seconds: float) -> str:
         rate = done / seconds if seconds else 0.0

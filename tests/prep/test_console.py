@@ -199,6 +199,7 @@ def test_terminal_shows_a_bar() -> None:
         "    with Progress(3, 'image') as progress:\n"
         "        for done in (1, 2, 3):\n"
         "            progress.print(f'scores of {done}')\n"
+        "            progress.note(f'note on {done}')\n"
         "            progress(done)\n"
         "UnixCommand('x', callback=work).main([])"
     )
@@ -211,7 +212,7 @@ def test_terminal_shows_a_bar() -> None:
         while data := os.read(terminal, 1 << 16):
             seen += data
     os.close(terminal)
-    for done in (1, 2, 3):
-        assert re.search(rb"[\r\n]scores of %d\r\n" % done, seen), seen
+    for line in (f"{what} {done}" for what in ("scores of", "note on") for done in (1, 2, 3)):
+        assert re.search(rf"[\r\n]{line}\r\n".encode(), seen), seen
     assert b"3/3" in seen
     assert b" s left" not in seen
