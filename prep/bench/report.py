@@ -14,7 +14,7 @@ IoMode = Literal["mmap", "pread"]
 IO_MODES: tuple[IoMode, ...] = ("mmap", "pread")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """A training run: what one step reads, and how long it takes."""
 
@@ -30,7 +30,7 @@ class Workload:
         return self.batch_size / self.step_ms * 1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measurements:
     """Results. `cold` and `warm` are patches per second by io mode; `evicted` is the fraction of pages dropped from the
     page cache on request, None if unknown (cold figures are cold only if it is near 1); `not_measured` gives the reason

@@ -36,7 +36,11 @@ def bench(
     from prep.bench.report import Workload, recommendation, report_lines
 
     workload = Workload(
-        max(read_index(folder).scales) if scale is None else scale, lr_patch, batch_size, step_ms, threads
+        scale=max(read_index(folder).scales) if scale is None else scale,
+        lr_patch=lr_patch,
+        batch_size=batch_size,
+        step_ms=step_ms,
+        threads=threads,
     )
     measured = measure(folder, workload, seconds)
     if as_json:

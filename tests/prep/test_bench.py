@@ -20,8 +20,19 @@ from prep.bench.measure import short_of_memory
 from prep.bench.report import Measurements, Workload, recommendation, report_lines, shell_word
 from prep.cli import main
 
-LOCAL = Measurements("ext4", False, 8 * 10**9, 4 * 10**9, 0.1, 500.0, 1.0, {"mmap": 3e3, "pread": 2e3},
-               {"mmap": 2e4, "pread": 5e3}, 640.0)  # fmt: skip
+LOCAL = Measurements(
+    file_system="ext4",
+    network=False,
+    dataset_bytes=8 * 10**9,
+    free_memory=4 * 10**9,
+    latency_ms=0.1,
+    random_mb_per_second=500.0,
+    evicted=1.0,
+    cold={"mmap": 3e3, "pread": 2e3},
+    warm={"mmap": 2e4, "pread": 5e3},
+    needed=640.0,
+)
+WORKLOAD = Workload(scale=4, lr_patch=64, batch_size=64, step_ms=100.0, threads=2)
 
 
 @pytest.mark.parametrize(
@@ -42,11 +53,10 @@ def test_recommendation(change: dict[str, object], message: str) -> None:
 
 
 def test_report_mentions_pages_that_stay_cached() -> None:
-    workload = Workload(4, 64, 64, 100.0, 2)
-    text = "\n".join(report_lines(replace(LOCAL, evicted=0.25), workload, Path("d")))
+    text = "\n".join(report_lines(replace(LOCAL, evicted=0.25), WORKLOAD, Path("d")))
     assert "75% of the pages stayed in memory" in text
     assert "counts as local disk" in text
-    assert "stayed" not in "\n".join(report_lines(LOCAL, workload, Path("d")))
+    assert "stayed" not in "\n".join(report_lines(LOCAL, WORKLOAD, Path("d")))
 
 
 def test_measure(dataset: Path) -> None:
@@ -99,10 +109,10 @@ def test_files_that_cannot_be_mapped(dataset: Path, monkeypatch: pytest.MonkeyPa
 
 def test_not_enough_memory(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positional reads hold tiles in memory; what does not fit is not tried, since Linux would kill the process."""
-    index, workload = read_index(dataset), Workload(4, 64, 64, 100.0, 2)
-    assert short_of_memory(index, workload, "mmap", 1 << 27) is None
-    assert short_of_memory(index, workload, "pread", 1 << 27)
-    assert short_of_memory(index, workload, "pread", 1 << 31) is None
+    index = read_index(dataset)
+    assert short_of_memory(index, WORKLOAD, "mmap", 1 << 27) is None
+    assert short_of_memory(index, WORKLOAD, "pread", 1 << 27)
+    assert short_of_memory(index, WORKLOAD, "pread", 1 << 31) is None
     monkeypatch.setattr(prep.bench.measure, "available_memory", lambda: 2_000_000)
     assert set(json.loads(bench(dataset, "--json").output)["not_measured"]) == {"pread"}
     monkeypatch.setattr(prep.bench.measure, "available_memory", lambda: 1000)
