@@ -63,7 +63,7 @@ def build(images: Path, work: Path, hr_tile: int, lr_tile: int) -> Path:
         files = find_images([images])
         recipe = Recipe((2, 4), "raw", hr_tile, images_per_shard(len(files)), "matlab-uint8", "symmetric")
         rule = fmt.plane_tile
-        fmt.plane_tile = lambda tile, scale: tile if scale == HR else lr_tile
+        fmt.plane_tile = lambda tile, level: tile if level == HR else lr_tile
         try:
             plans = plan_shards(files, recipe, folder)
             build_dataset(plans, 1, skip_bad=False, overwrite=False, report=lambda done: None)

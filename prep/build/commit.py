@@ -7,8 +7,10 @@ from pathlib import Path
 
 from loader.errors import ShardsError
 from loader.format import layout as fmt
-from loader.format.index import INDEX_ROOM, INDEX_SHARE, dump_index, parse_index
+from loader.format.index import INDEX_ROOM, INDEX_SHARE
+from loader.format.index_text import dump_index, parse_index
 from loader.format.layout import Index
+from loader.format.sidecar import sidecars
 from loader.system.safefile import describe_kind, sync_folder
 from prep.build.staging import SHARD, SKIPPED, exists, need_file_or_nothing, stage
 from prep.shard.shard import PART, Bad
@@ -18,7 +20,8 @@ def commit(folder: Path, index: Index, bad: Sequence[Bad]) -> None:
     """Turn finished shards into a dataset: those that have no name yet take theirs, then the index appears, by rename.
 
     What an earlier dataset left in the folder is removed first, its index before its shards: at no moment does an
-    index stand beside shards that are not its own. A commit that was stopped can be done again.
+    index stand beside shards that are not its own. Sidecars of another index go, too. A
+    commit that was stopped can be done again.
 
     Raises:
         FormatError: readers would not take the index.
@@ -29,10 +32,12 @@ def commit(folder: Path, index: Index, bad: Sequence[Bad]) -> None:
     old = [path for path in folder.iterdir() if SHARD.fullmatch(path.name) or path.name == SKIPPED]
     for path in (folder / fmt.INDEX, *old):
         need_file_or_nothing(path)
-    staged = stage(folder / fmt.INDEX, _checked(folder / fmt.INDEX, index))
+    text, digest = _checked(folder / fmt.INDEX, index)
+    old += [folder / name for name, of in sidecars(folder).items() if of != digest]
+    staged = stage(folder / fmt.INDEX, text)
     if bad:
-        text = json.dumps([vars(entry) for entry in bad], indent=1, ensure_ascii=False) + "\n"
-        skipped = stage(folder / SKIPPED, text.encode())
+        entries = json.dumps([vars(entry) for entry in bad], indent=1, ensure_ascii=False) + "\n"
+        skipped = stage(folder / SKIPPED, entries.encode())
     (folder / fmt.INDEX).unlink(missing_ok=True)
     sync_folder(folder)
     for path in old:
@@ -50,12 +55,11 @@ def commit(folder: Path, index: Index, bad: Sequence[Bad]) -> None:
     sync_folder(folder)
 
 
-def _checked(path: Path, index: Index) -> bytes:
-    """The text of an index that readers will take."""
+def _checked(path: Path, index: Index) -> tuple[bytes, str]:
+    """The text of an index that readers will take, and its digest."""
     text = dump_index(index)
     most = INDEX_ROOM + sum(shard.bytes for shard in index.shards) // INDEX_SHARE
     if len(text) > most:
         expected = f"an index of at most {most} bytes, as its shards are, which readers take"
         raise ShardsError(f"{path}: expected {expected}, got {len(text)}; shorter names of folders and files help")
-    parse_index(text, str(path))
-    return text
+    return text, parse_index(text, str(path)).sha256

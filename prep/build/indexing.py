@@ -7,7 +7,7 @@ import numpy as np
 from loader.errors import ShardsError
 from loader.format import layout as fmt
 from loader.format.layout import HR, Index, Plane, Strings
-from prep.build.terms import MADE_BY, lr_origin
+from prep.build.terms import MADE_BY, libraries, lr_origin
 from prep.shard.shard import Recipe, ShardRecord
 
 
@@ -31,7 +31,9 @@ def make_index(recipe: Recipe, records: Sequence[ShardRecord]) -> Index:
     return Index(
         container=recipe.container,
         made_by=MADE_BY,
+        libraries=libraries(recipe.container),
         lr=lr_origin(recipe),
+        images_per_shard=recipe.images_per_shard,
         shards=tuple(record.shard for record in built if record.shard),
         name=Strings([image.name for image in images]),
         shard=np.repeat(np.arange(len(built)), [len(record.images) for record in built]),

@@ -87,7 +87,7 @@ def parse_terms(text: bytes, where: str) -> Terms:
     sources = fields.object("sources")
     terms = Terms(
         made_by=_short(fields, "made_by"),
-        libraries=_short(fields, "libraries"),
+        libraries=_libraries(fields),
         container=_short(fields, "container"),
         scales=_scales(fields.take("scales", list), where),
         tile=fields.integer("tile", *fmt.TILES),
@@ -146,6 +146,13 @@ def _scales(values: list[Any], where: str) -> list[int]:
     if any(type(value) is not int or value not in fmt.SCALES for value in values):
         fail(where, "scales", f"some of {fmt.SCALES}", "others")
     return values
+
+
+def _libraries(fields: Fields) -> dict[str, str]:
+    libraries = fields.texts("libraries")
+    if any(len(text) > MAX_TEXT for item in libraries.items() for text in item):
+        fail(fields.where, "libraries", f"at most {MAX_TEXT} characters each", "more")
+    return libraries
 
 
 def _short(fields: Fields, key: str) -> str:

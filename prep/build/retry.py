@@ -7,7 +7,7 @@ import numpy as np
 from loader.errors import ShardsError, one_line
 from loader.format.layout import Index
 from prep.build.journal import Journal
-from prep.build.terms import MADE_BY
+from prep.build.terms import MADE_BY, libraries
 from prep.shard.shard import Bad, ImageRecord, Run, ShardPlan, ShardRecord, stamps
 
 
@@ -23,11 +23,12 @@ def reopen(journal: Journal, plans: Sequence[ShardPlan], index: Index, skipped: 
         skipped: the images that were left out.
 
     Raises:
-        ShardsError: another version of the program made the dataset.
+        ShardsError: another version of the program, or of its libraries, made the dataset.
         StorageError: the sources cannot be looked at.
     """
-    if index.made_by != MADE_BY:
-        expected, got = f"a dataset made by {MADE_BY}, whose shards can be kept", f"one by {index.made_by}"
+    ours, theirs = (MADE_BY, libraries(index.container)), (index.made_by, dict(index.libraries))
+    if ours != theirs:
+        expected, got = f"a dataset made by {_program(*ours)}, whose shards can be kept", f"one by {_program(*theirs)}"
         raise ShardsError(one_line(f"{journal.folder}: expected {expected}, got {got} (--overwrite builds it anew)"))
     bad = {entry.image for entry in skipped}
     numbers = {shard.file: number for number, shard in enumerate(index.shards)}
@@ -37,6 +38,10 @@ def reopen(journal: Journal, plans: Sequence[ShardPlan], index: Index, skipped: 
     for plan, record in zip(whole, records, strict=True):
         if [image.name for image in record.images] == [source.image.stem for source in plan.sources]:
             journal.keep(plan, record)
+
+
+def _program(made_by: str, versions: dict[str, str]) -> str:
+    return f"{made_by} with {', '.join(f'{name} {version}' for name, version in versions.items())}"
 
 
 def _record(index: Index, number: int, plan: ShardPlan) -> ShardRecord:

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from loader.errors import ShardsError
-from loader.format.layout import PAGE
-from prep.shard.shard import Recipe, run_length
+from loader.format.layout import PAGE, run_length
+from prep.shard.shard import Recipe
 
 Sizes = list[tuple[int, int]]  # (height, width) of the images of a shard
 FILE = 8192  # bytes: the most that an HDF5 shard takes besides what is counted for its planes

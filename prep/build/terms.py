@@ -8,7 +8,6 @@ from typing import Any
 
 import cv2
 import h5py
-import numpy as np
 
 from loader.errors import one_line
 from loader.format.layout import HR, Index, LrOrigin, plane_name
@@ -32,12 +31,12 @@ SHOWN = 200  # characters of a name or value that are shown
 class Terms:
     """What the bytes of a dataset follow from, apart from the pixels of its sources.
 
-    `libraries` are those that decode and write, where that is known; `lr` says how LR is made; `sources` has the names
+    `libraries` are the versions of those that decode and write; `lr` says how LR is made; `sources` has the names
     of the source files of each plane that has some, in order.
     """
 
     made_by: str
-    libraries: str | None
+    libraries: dict[str, str]
     container: str
     scales: list[int]
     tile: int
@@ -60,7 +59,7 @@ def terms_of(plans: Sequence[ShardPlan]) -> Terms:
         named |= {plane_name(scale): [source.lr[scale].name for source in sources] for scale in recipe.scales}
     return Terms(
         MADE_BY,
-        f"OpenCV {cv2.__version__}, HDF5 {h5py.version.hdf5_version}",
+        libraries(recipe.container),
         recipe.container,
         list(recipe.scales),
         recipe.tile,
@@ -71,12 +70,9 @@ def terms_of(plans: Sequence[ShardPlan]) -> Terms:
 
 
 def terms_of_index(index: Index, skipped: Sequence[Bad], plans: Sequence[ShardPlan]) -> Terms:
-    """The terms of a complete dataset; `plans` says what skipped images were called, and what is nowhere recorded.
-
-    An index does not say how many images a shard is meant to hold: what the plans say, if they give these shards.
-    """
-    planned = {source.image.stem: (source, plan.number) for plan in plans for source in plan.sources}
-    gone = [planned[bad.image][0] for bad in skipped if bad.image in planned]
+    """The terms of a complete dataset; `plans` says what skipped images were called."""
+    planned = {source.image.stem: source for plan in plans for source in plan.sources}
+    gone = [planned[bad.image] for bad in skipped if bad.image in planned]
     lost = [bad.source for bad in skipped if bad.image not in planned]
     sources = {}
     for scale, plane in index.planes.items():
@@ -84,26 +80,38 @@ def terms_of_index(index: Index, skipped: Sequence[Bad], plans: Sequence[ShardPl
             files = [source.lr.get(scale, source.image) for source in gone]
             names = [*plane.source, *(file.name for file in files), *(lost if scale == HR else [])]
             sources[plane_name(scale)] = names
-    numbers = [int(index.shards[shard].file.split("-")[1].split(".")[0]) for shard in index.shard]
-    fits = all(planned[n][1] == at for n, at in zip(index.name, numbers, strict=True) if n in planned)
-    step, most = plans[0].recipe.images_per_shard, int(np.bincount(index.shard).max())
-    if not fits:
-        hidden = most == step and planned.keys() == {*index.name, *(bad.image for bad in skipped)}
-        step = most + hidden  # images that were left out make shards look as planned
-    tile = index.planes[HR].tile
-    return Terms(index.made_by, None, index.container, list(index.scales), tile, step, _lr(index.lr), sources)
+    return Terms(
+        index.made_by,
+        dict(index.libraries),
+        index.container,
+        list(index.scales),
+        index.planes[HR].tile,
+        index.images_per_shard,
+        _lr(index.lr),
+        sources,
+    )
+
+
+def libraries(container: str) -> dict[str, str]:
+    """The versions of the libraries that the bytes of a dataset depend on, by name."""
+    return ({"HDF5": h5py.version.hdf5_version} if container == "hdf5" else {}) | {"OpenCV": cv2.__version__}
 
 
 def lr_origin(recipe: Recipe) -> LrOrigin:
     """How a recipe makes LR."""
+    if not recipe.scales:
+        return LrOrigin("none")
     return LrOrigin("given") if recipe.given_lr else LrOrigin("imresize", recipe.resize, recipe.border)
 
 
 def differences(asked: Terms, found: Terms, *, versions: bool) -> list[str]:
     """In what terms differ, a line each; `versions`: also by what program they are."""
+    names = NAMES | (VERSIONS if versions else {})
+    if asked.container != found.container:
+        names.pop("libraries", None)  # they follow from the container
     lines = [
         f"{name}: {_text(getattr(found, key))} there, {_text(getattr(asked, key))} asked for"
-        for key, name in (NAMES | (VERSIONS if versions else {})).items()
+        for key, name in names.items()
         if getattr(found, key) != getattr(asked, key)
     ]
     for plane in asked.sources.keys() & found.sources.keys():
@@ -118,10 +126,12 @@ def differences(asked: Terms, found: Terms, *, versions: bool) -> list[str]:
 
 
 def _lr(origin: LrOrigin) -> str:
-    return "given" if origin.made == "given" else f"{origin.resize} with {origin.border} border"
+    return f"{origin.resize} with {origin.border} border" if origin.made == "imresize" else origin.made
 
 
 def _text(value: Any) -> str:
     """A value in one short line: it may be of a file that a stranger wrote."""
-    text = ", ".join(map(str, value[:NAMED])) if isinstance(value, list) else str(value)
+    if isinstance(value, dict):
+        value = [f"{name} {version}" for name, version in value.items()]
+    text = ", ".join(map(str, value[:NAMED])) or "none" if isinstance(value, list) else str(value)
     return one_line(text if len(text) <= SHOWN else text[:SHOWN] + "…")

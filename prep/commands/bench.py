@@ -31,12 +31,15 @@ def bench(
     as_json: bool,
 ) -> None:
     """Measure whether the storage of the dataset at DIR keeps up with training."""
+    from loader.errors import ShardsError
     from loader.format.index import read_index
     from prep.bench.measure import measure
     from prep.bench.report import Workload, recommendation, report_lines
 
+    if not (scales := read_index(folder).scales):
+        raise ShardsError(f"{folder}: expected a dataset with LR, whose crops bench reads, got HR alone")
     workload = Workload(
-        scale=max(read_index(folder).scales) if scale is None else scale,
+        scale=max(scales) if scale is None else scale,
         lr_patch=lr_patch,
         batch_size=batch_size,
         step_ms=step_ms,

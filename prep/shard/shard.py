@@ -32,7 +32,10 @@ ROUNDINGS: dict[str, Rounding] = {"matlab-uint8": "uint8", "matlab-double": "dou
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the bytes of a dataset depend on besides its images; an image of more than `max_pixels` is refused."""
+    """What the bytes of a dataset depend on besides its images.
+
+    Without scales there is no LR: HR is stored alone. Images of more than `max_pixels` are refused.
+    """
 
     scales: tuple[int, ...]
     container: str
@@ -46,6 +49,7 @@ class Recipe:
     def __post_init__(self) -> None:
         low, high = fmt.TILES
         _need("scale", f"some of {fmt.SCALES}, each once", self.scales, _rising(self.scales, fmt.SCALES))
+        _need("LR", "scales for LR that is given", "none", bool(self.scales) or not self.given_lr)
         _need(
             "tile", f"a multiple of 16 from {low} to {high}", self.tile, low <= self.tile <= high and not self.tile % 16
         )
@@ -208,15 +212,10 @@ def _write(plan: ShardPlan, proceed: Callable[[bool], bool], record: ShardRecord
     return True
 
 
-def run_length(height: int, width: int, tile: int) -> int:
-    """Bytes of the tiles of a plane of that many pixels."""
-    return -(-height // tile) * -(-width // tile) * tile * tile * fmt.CHANNELS
-
-
 def _checked(plan: ShardPlan, images: list[ImageRecord]) -> Shard:
     """Read a shard back: every run must have the checksum of what was written."""
     runs = sorted(
-        (run.offset, run_length(image.height // scale, image.width // scale, tile), run.crc32, image.name)
+        (run.offset, fmt.run_length(image.height // scale, image.width // scale, tile), run.crc32, image.name)
         for image in images
         for scale, tile in plan.recipe.tiles.items()
         for run in [image.runs[scale]]
@@ -292,7 +291,7 @@ def _read(file: ImageFile, max_pixels: int) -> tuple[Pixels, str]:
 
 
 def _rising(values: tuple[int, ...], allowed: tuple[int, ...]) -> bool:
-    return bool(values) and values == tuple(sorted(set(values) & set(allowed)))
+    return values == tuple(sorted(set(values) & set(allowed)))
 
 
 def _need(name: str, expected: str, got: object, holds: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from loader.errors import ShardsError
-from loader.format.layout import CONTAINERS, Index
+from loader.format.layout import Index, shard_number
 from loader.system.safefile import sync_folder
 from prep.shard.shard import ShardPlan, build_shard
 from prep.verify.sources import SourceImages, recipe_of
@@ -58,7 +58,8 @@ def repair_shard(
     if not sources.covers(index):
         raise ShardsError("its LR was given: name its folder with --lr")
     shard_sources = tuple(sources.find(index, int(image)) for image in np.flatnonzero(index.shard == number))
-    serial = int(shard.file.removeprefix("shard-").removesuffix(CONTAINERS[index.container]))
+    serial = shard_number(shard.file)
+    assert serial is not None, shard.file  # the index was checked
     plan = ShardPlan(serial, shard_sources, recipe_of(index), workspace)
 
     def proceed(good: bool) -> bool:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from loader.format.layout import HR, RESIZES, Index
 from loader.system.safefile import open_named
 from prep.images.faults import NOT_FOUND, ImageError, StorageError
@@ -49,7 +47,7 @@ def recipe_of(index: Index) -> Recipe:
         scales=index.scales,
         container=index.container,
         tile=index.planes[HR].tile,
-        images_per_shard=int(np.bincount(index.shard).max()),
+        images_per_shard=index.images_per_shard,
         resize=lr.resize or RESIZES[0],
         border="replicate" if lr.border == "replicate" else "symmetric",
         given_lr=lr.made == "given",
