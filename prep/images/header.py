@@ -61,10 +61,7 @@ def read_header(file: IO[bytes], length: int, where: str, max_pixels: int, *, wh
     """
     file.seek(0)
     head = file.read(32)
-    kind = format_of(head)
-    if kind not in ("PNG", "JPEG", "BMP", "TIFF", "WEBP"):
-        got = kind or "something else, or a damaged header"
-        raise ImageError(f"{where}: expected PNG, JPEG, BMP, TIFF or WebP, got {got}")
+    kind = _supported_format(head, where)
     bounded = _Bounded(file, EXTRA_BYTES + (length if kind in ("PNG", "TIFF", "WEBP") else 0))
     try:
         declared = _declared(kind, head)
@@ -91,6 +88,15 @@ def read_header(file: IO[bytes], length: int, where: str, max_pixels: int, *, wh
     return header
 
 
+def open_image(data: bytes, where: str) -> ImageFile.ImageFile:
+    """Open an image file with Pillow, ignoring Pillow's size limit: check the size with `read_header` first.
+
+    Raises:
+        ImageError: the format is not supported. Damaged files raise Pillow's own errors.
+    """
+    return _factory(_supported_format(data[:32], where))(io.BytesIO(data), "")
+
+
 def format_of(head: bytes) -> str | None:
     """Return the format of a file from its first 32 bytes, by Pillow's name; None if unknown."""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
@@ -98,6 +104,14 @@ def format_of(head: bytes) -> str | None:
     if head[4:8] == b"ftyp":
         return _BRANDS.get(head[8:12])
     return next((kind for magic, kind in (*_KINDS, *_OTHERS) if head.startswith(magic)), None)
+
+
+def _supported_format(head: bytes, where: str) -> str:
+    kind = format_of(head)
+    if kind not in ("PNG", "JPEG", "BMP", "TIFF", "WEBP"):
+        got = kind or "something else, or a damaged header"
+        raise ImageError(f"{where}: expected PNG, JPEG, BMP, TIFF or WebP, got {got}")
+    return kind
 
 
 def _declared(kind: str, head: bytes) -> tuple[int, int] | None:

@@ -12,8 +12,10 @@ from helpers import ROOT, photograph
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from model.enlarge.pictures import read_picture
 from model.shufflemixer import ShuffleMixer
 from prep.images import decoders
+from prep.images.decode import read_image
 
 
 def old(levels: list[int]) -> SimpleNamespace:
@@ -86,6 +88,17 @@ def test_unconfigured_decoders_print(odd_images: Path) -> None:
     printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=300).stderr
     assert "Corrupt EXIF data" in printed
     assert "65000" in printed or not hasattr(cv2.utils, "logging")
+
+
+def test_pillows_size_limit_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where no command has lifted it."""
+    transparent = Image.fromarray(photograph(64, 72)).convert("RGBA")
+    transparent.putpixel((3, 4), (1, 2, 3, 4))
+    transparent.save(tmp_path / "a.png")
+    Image.fromarray(photograph(64, 72)).save(tmp_path / "b.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_picture(tmp_path / "a.png").rgb.shape == (64, 72, 3)
+    assert read_image(tmp_path / "b.png").shape == (64, 72, 3)
 
 
 def test_builds_and_verify_print_no_decoder_messages(odd_images: Path, tmp_path: Path) -> None:
