@@ -1,4 +1,4 @@
-"""The offline side: folders of images in, shards out."""
+"""Offline preparation: builds shards from folders of images, verifies and benchmarks them."""
 
 from srshards_names import check_names
 

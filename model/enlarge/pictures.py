@@ -15,6 +15,7 @@ from PIL import ImageOps
 from loader.errors import ShardsError
 from prep.images.decode import decode, read_file, read_size
 from prep.images.faults import ImageError
+from prep.images.header import open_image
 
 Pixels = NDArray[np.uint8]
 
@@ -45,7 +46,7 @@ def read_picture(path: Path) -> Picture:
     height, width = read_size(path)  # refuses the kinds of file that cannot be used
     data = read_file(path)
     try:
-        header = Pillow.open(io.BytesIO(data))
+        header = open_image(data, str(path))
         alpha = _transparent(data, header)
         profile = header.info.get("icc_profile") or b""
     except (OSError, SyntaxError, ValueError) as error:

@@ -15,7 +15,6 @@ from typing import Literal
 
 import click
 import numpy as np
-from tqdm import tqdm
 
 from loader.errors import ShardsError, one_line
 from loader.resize.imresize import enlarge
@@ -35,13 +34,14 @@ from model.enlarge.pictures import KINDS, Picture, Pixels, check_kind, encode_pi
 from model.enlarge.tiles import Span, Tiling, spans
 from model.enlarge.upscalers import OutputError, Upscaler, keep_freed_memory, network_upscaler
 from prep.console.paths import GivenPath
+from prep.console.progress import Progress
 from prep.console.unix import UnixCommand, tell
+from prep.images.decoders import configure_decoders
 from prep.images.find import SUFFIXES
 
 STRIP = 1 << 18  # LR pixels of alpha enlarged at once
 BICUBIC_RADIUS = 3  # LR pixels that matter to an enlarged one, at most
 OTHER_KINDS = (".gif", ".jp2", ".jxl", ".avif", ".heic", ".ppm", ".tga", ".exr", ".pdf")  # not written here
-INTERVAL = 10.0  # seconds between lines about a picture, where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ def main(
             )
         if len(images) > 1 or images[0].is_dir():
             raise click.UsageError(one_line(f"--out {out}: expected a folder for more than one image, got a file"))
+    configure_decoders()
     keep_freed_memory()
     try:
         loaded, network = open_network(checkpoint, weights, scale)
@@ -147,15 +148,11 @@ def names_file(out: Path) -> bool:
 
 
 def progress(tiles: Sequence[tuple[Span, Span]]) -> Iterator[tuple[Span, Span]]:
-    """Give tiles one after another, with a bar on a terminal, or else a line now and then."""
-    started = told = time.monotonic()
-    for done, tile in enumerate(tqdm(tiles, unit="tile", leave=False, disable=None)):
-        now = time.monotonic()
-        if done and now - told >= INTERVAL and not sys.stderr.isatty():
-            left = (now - started) / done * (len(tiles) - done)
-            tell(f"{done} of {len(tiles)} tiles, {left:.0f} s left")
-            told = now
-        yield tile
+    """Yield tiles one after another and report how many are done."""
+    with Progress(len(tiles), "tile", keep=False) as report:
+        for done, tile in enumerate(tiles, 1):
+            yield tile
+            report(done)
 
 
 def find_pictures(source: Path, scale: int) -> Iterator[Path]:

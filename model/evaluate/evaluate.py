@@ -36,7 +36,9 @@ from model.evaluate.pairs import LeaveOut, Pair, large_enough, read_pairs, shard
 from model.evaluate.sheet import Row, make_row, write_sheet
 from model.metrics import Image, Scores, mean_scores, score
 from prep.console.paths import GivenPath
+from prep.console.progress import Progress
 from prep.console.unix import UnixCommand, tell
+from prep.images.decoders import configure_decoders
 
 Watcher = Callable[[Pair, Image], None]
 
@@ -113,6 +115,7 @@ def main(
         raise click.BadParameter(
             one_line(f"expected a name that ends in .png, got {sheet.name!r}"), param_hint="'--sheet'"
         )
+    configure_decoders()
     try:
         inputs = [given for given in (hr, lr, shards, checkpoint) if given is not None]
         if save is not None:
@@ -139,15 +142,19 @@ def main(
             if sheet is not None and len(rows) < sheet_rows:
                 rows.append(make_row(pair.name, pair.lr, sr, bicubic_upscaler(scale)(pair.lr), pair.hr, scale))
 
-        def leave_out(name: str, lack: str) -> None:
-            left_out[name] = lack
-            tell(one_line(f"image {name} is left out: {lack}"))
-
-        pairs = large_enough(_pairs(hr, lr, shards, scale, leave_out), scale, leave_out)
         collected: dict[str, Scores] = {}
-        for name, scores in score_pairs(upscale, pairs, scale, watch=watch):
-            collected[name] = scores
-            say(_line(name, scores))
+        with Progress(None, "image") as progress:
+
+            def leave_out(name: str, lack: str) -> None:
+                left_out[name] = lack
+                progress.note(one_line(f"image {name} is left out: {lack}"))
+
+            pairs = large_enough(_pairs(hr, lr, shards, scale, leave_out), scale, leave_out)
+            for name, scores in score_pairs(upscale, pairs, scale, watch=watch):
+                collected[name] = scores
+                if not as_json:
+                    progress.print(_line(name, scores))
+                progress(len(collected))
         if not collected:
             raise ShardsError(f"expected images that can be scored, got {len(left_out)} too small ones")
         mean = mean_scores(collected.values())

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from loader.system.safefile import open_to_write, read_member, write_atomically
 from model.losses import Losses
@@ -22,6 +21,7 @@ from model.training.memory import peak_bytes
 from model.training.ranks import Ranks
 from model.training.settings import Config
 from model.training.stopping import StopRequest
+from prep.console.progress import Bar
 
 LOG = "metrics.jsonl"
 LIMIT = 1 << 30  # bytes of a log that is read
@@ -47,7 +47,7 @@ class Progress:
             write_atomically(self.log, "".join(map(_json, self.entries)).encode())
             self.board = _tensorboard(self.log.with_name("tensorboard"), iteration)
         silent = None if ranks.first else True
-        self.bar = tqdm(total=config.iterations, initial=iteration, file=sys.stdout, disable=silent)
+        self.bar = Bar(total=config.iterations, initial=iteration, unit="iteration", file=sys.stdout, disable=silent)
         self.restart()
 
     def restart(self) -> None:

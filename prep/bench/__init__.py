@@ -1,1 +1,1 @@
-"""Measuring whether storage keeps up with training."""
+"""Benchmark of whether storage keeps up with training."""

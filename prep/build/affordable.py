@@ -37,7 +37,7 @@ def _look(plan: ShardPlan) -> tuple[Sizes, list[Load]]:
     sizes, loads = [], []
     for source in plan.sources:
         with contextlib.suppress(ImageError):
-            height, width = read_size(source.image.path, plan.recipe.max_pixels, source.image.place)
+            height, width = read_size(source.image.path, plan.recipe.max_pixels, source.image.folder)
             files = [_length(file) for file in source.files]
             sizes.append((height, width))
             loads.append(Load(height * width, max(files)))
@@ -45,5 +45,5 @@ def _look(plan: ShardPlan) -> tuple[Sizes, list[Load]]:
 
 
 def _length(file: ImageFile) -> int:
-    with reading(file.path, file.place):
+    with reading(file.path, file.folder):
         return file.path.stat().st_size

@@ -15,6 +15,7 @@ from pathlib import Path
 from loader.errors import ShardsError
 from loader.system.safepath import safe_path
 from prep.build.lock import share_lock
+from prep.images.decoders import configure_decoders
 from prep.shard.shard import ShardPlan, ShardRecord, build_shard
 
 Finished = Callable[[ShardPlan, ShardRecord], None]
@@ -192,6 +193,7 @@ def _work(pipe: Connection, folder: Path, skip_bad: bool) -> None:
         return
     except OSError:
         return
+    configure_decoders()
     parent = multiprocessing.parent_process()
     if parent is None or not parent.is_alive():
         return

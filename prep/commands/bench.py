@@ -1,6 +1,7 @@
 """The `bench` command."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -11,12 +12,14 @@ from prep.console.paths import GivenPath
 @click.command()
 @click.argument("folder", metavar="DIR", type=GivenPath())
 @click.option("--scale", type=click.IntRange(min=1), help="[default: the largest in the dataset]")
-@click.option("--lr-patch", type=click.IntRange(min=1), default=64, help="In LR pixels.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64)
-@click.option("--step-ms", type=click.FloatRange(min=0, min_open=True), default=100.0, help="How long a step takes.")
-@click.option("--threads", type=click.IntRange(min=1), default=2, help="That gather batches.")
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=30.0, help="How long to measure.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--lr-patch", type=click.IntRange(min=1), default=64, help="Patch size in LR pixels.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Samples per step.")
+@click.option(
+    "--step-ms", type=click.FloatRange(min=0, min_open=True), default=100.0, help="Duration of a training step."
+)
+@click.option("--threads", type=click.IntRange(min=1), default=2, help="Threads that gather batches.")
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=30.0, help="Duration of the benchmark.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(
     folder: Path,
     scale: int | None,
@@ -27,17 +30,23 @@ def bench(
     seconds: float,
     as_json: bool,
 ) -> None:
-    """Will the storage of the dataset at DIR keep up with training?"""
+    """Measure whether the storage of the dataset at DIR keeps up with training."""
     from loader.errors import ShardsError
     from loader.format.index import read_index
-    from prep.bench.advice import Need, advice, report_lines
     from prep.bench.measure import measure
+    from prep.bench.report import Workload, recommendation, report_lines
 
     if not (scales := read_index(folder).scales):
         raise ShardsError(f"{folder}: expected a dataset with LR, whose crops bench reads, got HR alone")
-    need = Need(max(scales) if scale is None else scale, lr_patch, batch_size, step_ms, threads)
-    report = measure(folder, need, seconds)
+    workload = Workload(
+        scale=max(scales) if scale is None else scale,
+        lr_patch=lr_patch,
+        batch_size=batch_size,
+        step_ms=step_ms,
+        threads=threads,
+    )
+    measured = measure(folder, workload, seconds)
     if as_json:
-        click.echo(json.dumps(vars(report) | {"advice": advice(report, folder)}, indent=1))
+        click.echo(json.dumps(asdict(measured) | {"advice": recommendation(measured, folder)}, indent=1))
     else:
-        click.echo("\n".join(report_lines(report, need, folder)))
+        click.echo("\n".join(report_lines(measured, workload, folder)))

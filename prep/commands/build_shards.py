@@ -73,9 +73,11 @@ def build_shards(
     from prep.build.build import build_dataset, describe_bad, plan_shards
     from prep.build.build import images_per_shard as default_count
     from prep.console.progress import Progress
+    from prep.images.decoders import configure_decoders
     from prep.images.find import find_images
     from prep.shard.shard import Recipe
 
+    configure_decoders()
     start = time.monotonic()
     paths = _sources(sources, sample)
     images = find_images(paths, tell)

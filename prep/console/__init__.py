@@ -1,1 +1,1 @@
-"""What all commands share: standard streams, path arguments, progress bars."""
+"""Shared by all commands: standard streams, path arguments, progress."""

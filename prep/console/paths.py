@@ -1,4 +1,4 @@
-"""Paths as arguments of commands: an empty one is refused, since it would mean the working directory."""
+"""Path arguments of commands. An empty path is refused: it would mean the working directory."""
 
 import os
 from pathlib import Path
@@ -10,11 +10,11 @@ from loader.errors import one_line
 
 
 class GivenPath(click.Path):
-    """A path on the command line, as `pathlib.Path`; `"$UNSET"`, which leaves an empty one, is a usage error.
+    """A path argument, as `pathlib.Path`; an empty one (from `"$UNSET"`) is a usage error.
 
     Args:
-        exists: there must be something; what is out of reach at the moment (a dead mount) is not absent: its reader
-            tells.
+        exists: refuse a path where nothing exists. One that cannot be examined (a dead mount) passes: reading it will
+            report the error.
     """
 
     def __init__(self, *, exists: bool = False) -> None:
@@ -24,7 +24,7 @@ class GivenPath(click.Path):
     def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path; see click.ParamType.convert."""
         if os.fspath(value) == "":
-            self.fail("expected a path, got an empty one (a shell variable that is not set?)", param, ctx)
+            self.fail("expected a path, got an empty one (an unset shell variable?)", param, ctx)
         if self._must_exist:
             try:
                 Path(value).stat()

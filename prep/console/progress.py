@@ -1,10 +1,11 @@
-"""How far a long job is: a bar on a terminal, now and then a plain line elsewhere."""
+"""Progress of long commands: a bar on a terminal, a line every few seconds elsewhere."""
 
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 
+import click
 from tqdm import tqdm
 
 from prep.console.unix import tell
@@ -12,40 +13,73 @@ from prep.console.unix import tell
 LINE_EVERY = 10.0  # seconds
 
 
-class _Bar(tqdm):  # type: ignore[misc]
-    """A bar that needs no thread of its own."""
+class Bar(tqdm):  # type: ignore[misc]
+    """The progress bar of every command; without tqdm's monitor thread."""
 
     monitor_interval = 0
 
 
 class Progress:
-    """Tells a person on stderr how many of `total` are done; a context manager around the job.
+    """Reports on stderr how many of `total` are done; a context manager around the job.
 
-    A terminal that went away, or a full device, does not stop the job.
+    A closed terminal or a full device does not stop the job.
+
+    Args:
+        total: how many there are; None if unknown.
+        unit: what is counted, in the singular.
+        keep: leave the finished bar on the terminal.
+        clock: returns seconds.
     """
 
-    def __init__(self, total: int, unit: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, total: int | None, unit: str, *, keep: bool = True, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._total, self._unit, self._clock = total, unit, clock
-        terminal = sys.stderr is not None and sys.stderr.isatty()
-        with suppress(OSError):
-            self._bar = _Bar(total=total, unit=unit, disable=not terminal)
+        self._bar: Bar | None = None
+        if sys.stderr is not None and sys.stderr.isatty():
+            with suppress(OSError):
+                self._bar = Bar(total=total, unit=unit, leave=keep, file=sys.stderr)
         self._start = self._last = clock()
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):
-            self._bar.close()
+        if self._bar is not None:
+            with suppress(OSError):
+                self._bar.close()
 
     def __call__(self, done: int) -> None:
         """Report the number done so far."""
-        with suppress(OSError):
-            self._bar.update(done - self._bar.n)
+        if self._bar is not None:
+            with suppress(OSError):
+                self._bar.update(done - self._bar.n)
+            return
         now = self._clock()
-        if self._bar.disable and now - self._last >= LINE_EVERY:
+        if now - self._last >= LINE_EVERY:
             self._last = now
-            seconds = now - self._start
-            rate = done / seconds
-            left = f"{(self._total - done) / rate:.0f} s left" if done else "no estimate yet"
-            tell(f"{done}/{self._total} {self._unit}s, {seconds:.0f} s, {rate:.1f} {self._unit}s/s, {left}")
+            tell(self._line(done, now - self._start))
+
+    def print(self, line: str) -> None:
+        """Print a line on standard output, above the bar."""
+        with self._above_bar():
+            click.echo(line)
+
+    def note(self, text: str) -> None:
+        """Print a message on stderr, above the bar."""
+        with self._above_bar():
+            tell(text)
+
+    def _above_bar(self) -> AbstractContextManager[None]:
+        if self._bar is None:
+            return nullcontext()
+        context: AbstractContextManager[None] = Bar.external_write_mode(self._bar.fp)
+        return context
+
+    def _line(self, done: int, seconds: float) -> str:
+        rate = done / seconds if seconds else 0.0
+        of_total = "" if self._total is None else f"/{self._total}"
+        line = f"{done}{of_total} {self._unit}s, {seconds:.0f} s, {rate:.1f} {self._unit}s/s"
+        if self._total is None:
+            return line
+        return f"{line}, {f'{(self._total - done) / rate:.0f} s left' if rate else 'no estimate yet'}"

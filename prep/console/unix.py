@@ -1,7 +1,8 @@
-"""Commands that behave as other Unix tools do: closed and broken streams, full devices, errors in one line.
+"""Commands that behave like other Unix tools: closed and broken streams, full devices, one-line errors.
 
-While a command runs, writes to standard output raise `OutputError`, which nothing mistakes for trouble with a file, and
-writes to standard error never fail. Streams that somebody else put in place (pytest, a notebook) are left alone.
+While a command runs, a failing write to standard output raises `_OutputError`, which is not mistaken for a file's
+error, and a failing write to standard error is ignored. Streams replaced by others (pytest, a notebook) stay as they
+are.
 """
 
 import errno
@@ -16,11 +17,14 @@ from typing import Any, TextIO
 import click
 
 STANDARD_STREAMS = (0, 1, 2)
-NO_THREAD = "can't start new thread"  # what Python says
+NO_THREAD = "can't start new thread"  # from Python's RuntimeError
 
 
-class OutputError(Exception):
-    """Standard output takes no more: its reader is gone, or its device is full. No OSError, so no handler eats it."""
+class _OutputError(Exception):
+    """Standard output cannot be written to: its reader is gone or its device is full.
+
+    A signal to `UnixCommand`, not an error for callers: handlers of OSError and ShardsError must not catch it.
+    """
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"standard output: {error.strerror}")
@@ -28,28 +32,28 @@ class OutputError(Exception):
 
 
 def open_standard_streams() -> None:
-    """Open /dev/null on those of descriptors 0 to 2 that are closed, before a file of ours gets such a number."""
+    """Open /dev/null on closed descriptors from 0 to 2, so that no file of ours gets such a number."""
     for number in STANDARD_STREAMS:
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number is taken: those below `number` are open by now.
+            # open takes the lowest free number; those below `number` are open by now.
             os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
             os.set_inheritable(number, True)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            # Not by its number: what an import opened may have got that in the meantime.
+            # Not by number: an import may have opened a file under it in the meantime.
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
 
 
 def tell(text: str) -> None:
-    """Print a line on standard error; a reader who is gone, or a full device, is no reason to stop."""
+    """Print a line on standard error; ignore a closed pipe or a full device."""
     with suppress(OSError):
         click.echo(text, err=True)
 
 
 class UnixCommand(click.Command):
-    """A command that dies of SIGPIPE when its reader is gone, and ends with one line when its device is full."""
+    """A command that dies of SIGPIPE when its reader is gone, and exits with a one-line error when a device is full."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command; see click.Command.main."""
@@ -63,42 +67,42 @@ class UnixCommand(click.Command):
                     raise
                 sys.stdout.flush()
                 return result
-            except OutputError as error:
+            except _OutputError as error:
                 if error.errno == errno.EPIPE:
                     _die_of_sigpipe()
                 tell(f"Error: {error}")
                 raise SystemExit(1) from None
             except MemoryError as error:
-                tell(f"Error: expected enough memory, got none left{f' ({error})' * bool(str(error))}")
+                tell(f"Error: out of memory ({error})" if str(error) else "Error: out of memory")
                 raise SystemExit(1) from None
             except RuntimeError as error:
                 if NO_THREAD not in str(error):
                     raise
-                tell("Error: expected room for another thread, got none (see ulimit -u and -v)")
+                tell("Error: cannot start another thread (see ulimit -u and -v)")
                 raise SystemExit(1) from None
 
 
 class UnixGroup(UnixCommand, click.Group):
-    """A group of commands that behaves as `UnixCommand`, for all of them."""
+    """A group whose commands all behave like `UnixCommand`."""
 
 
 class _Output(io.FileIO):
-    """Standard output: the first error is raised as OutputError, and what comes later is dropped."""
+    """Standard output: the first error raises _OutputError; later writes are dropped."""
 
     _broken = False
 
     def write(self, data: Any) -> int | None:  # type: ignore[override]
-        if self._broken or not data:  # click tries a stream with no bytes at all, which /dev/full refuses too
+        if self._broken or not data:  # click probes a stream with an empty write, which /dev/full refuses too
             return memoryview(data).nbytes
         try:
             return super().write(data)
         except OSError as error:
             self._broken = True
-            raise OutputError(error) from None
+            raise _OutputError(error) from None
 
 
 class _Errors(io.FileIO):
-    """Standard error: what cannot be written is dropped."""
+    """Standard error: failing writes are dropped."""
 
     def write(self, data: Any) -> int | None:  # type: ignore[override]
         with suppress(OSError):
@@ -108,24 +112,24 @@ class _Errors(io.FileIO):
 
 @contextmanager
 def _unix_streams() -> Iterator[None]:
-    """The process's own streams, written to as this module says; afterwards they are as they were."""
+    """Replace the process's own streams as this module says, and restore them afterwards."""
     before = sys.stdout, sys.stderr
-    sys.stdout = _rewired(before[0], 1, _Output)
-    sys.stderr = _rewired(before[1], 2, _Errors)
+    sys.stdout = _wrapped(before[0], 1, _Output)
+    sys.stderr = _wrapped(before[1], 2, _Errors)
     try:
         yield
     finally:
-        with suppress(OutputError):
+        with suppress(_OutputError):
             sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
 
 
-def _rewired(stream: TextIO, number: int, kind: type[io.FileIO]) -> TextIO:
+def _wrapped(stream: TextIO, number: int, kind: type[io.FileIO]) -> TextIO:
     try:
         if not isinstance(stream, io.TextIOWrapper) or stream.fileno() != number:
             return stream
-    except (OSError, ValueError):  # there is no descriptor behind it
+    except (OSError, ValueError):  # it has no descriptor
         return stream
     with suppress(OSError):
         stream.flush()
@@ -134,14 +138,14 @@ def _rewired(stream: TextIO, number: int, kind: type[io.FileIO]) -> TextIO:
     return io.TextIOWrapper(
         buffer,
         encoding=stream.encoding,
-        errors="backslashreplace",  # a name that the locale cannot print is no reason to stop
+        errors="backslashreplace",  # names that the locale cannot print
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
 
 
 def _die_of_sigpipe() -> None:
-    """End as the kernel ends a program that writes to a pipe without readers: silently."""
+    """End silently, as the Linux kernel ends a program that writes to a pipe without readers."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPIPE})
     with suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Where the images are: files in folders, found in the same order and under the same names on every machine."""
+"""Finding image files in folders: in the same order and under the same names on every machine."""
 
 import os
 import unicodedata
@@ -11,23 +11,23 @@ from stat import S_ISDIR, S_ISREG
 from loader.errors import ShardsError, one_line
 from loader.format.layout import is_image_name
 from loader.system.safefile import describe_kind
-from prep.images.faults import NOWHERE, Place, explain, shown
+from prep.images.faults import NOT_FOUND, SourceFolder, explain, shown
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-NAMED = 5  # so many links are told by name
+MAX_NAMED = 5  # broken links named in a note
 Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image file, and its name relative to the source it was found in (with forward slashes, UTF-8).
+    """An image file, and its name relative to its source (forward slashes, UTF-8).
 
-    `place` is the folder that holds the file itself; None where that is not known.
+    `folder` holds the file itself, links resolved; None if unknown.
     """
 
     path: Path
     name: str
-    place: Place | None = field(default=None, compare=False, repr=False)
+    folder: SourceFolder | None = field(default=None, compare=False, repr=False)
 
     @property
     def stem(self) -> str:
@@ -36,81 +36,83 @@ class ImageFile:
 
 
 @dataclass
-class _Tree:
-    """What a walk has found: image files (path, name in bytes, place), how many of them behind links, broken links."""
+class _Found:
+    """Results of a walk: image files (path, name in bytes, folder), how many are behind links, broken links."""
 
-    files: list[tuple[Path, bytes, Place | None]] = field(default_factory=list)
+    files: list[tuple[Path, bytes, SourceFolder | None]] = field(default_factory=list)
     linked: int = 0
     broken: list[Path] = field(default_factory=list)
 
 
 def find_images(sources: Sequence[Path], note: Note = lambda text: None) -> list[ImageFile]:
-    """Return all image files in folders (and the folders within) and among files, sorted by stem.
+    """Return all image files among `sources` and in folders, recursively, sorted by stem.
 
-    Hidden files, files with other suffixes, and pipes and the like are passed over in folders; a file named outright
-    must be an image. Links are followed, each folder is walked once: real folders first, then links by name. Names are
-    the bytes of the file system read as UTF-8, whatever the locale.
+    In folders, hidden files, files with other suffixes, and anything but regular files are ignored; a source that is a
+    file must be an image. Links are followed, and each folder is walked once: real folders first, then links by name.
+    Names are decoded as UTF-8, independent of the locale.
 
     Args:
         sources: folders and image files.
-        note: is told of images reached through links, and of links that lead nowhere.
+        note: called with messages about images reached through links, and about broken links.
 
     Raises:
-        ShardsError: a source does not exist, cannot be read, or holds no image; names are no UTF-8; or images share a
-            stem (all such are listed).
+        ShardsError: a source does not exist, cannot be read or holds no image; or names are not UTF-8 or images share
+            a stem (all such files are listed).
     """
     found = [entry for source in sources for entry in _find(source, note)]
-    files, strange = [], []
-    for path, name, place in found:
+    files, bad_names = [], []
+    for path, name, folder in found:
         try:
-            file = ImageFile(path, name.decode(), place)
+            file = ImageFile(path, name.decode(), folder)
         except UnicodeDecodeError:
-            strange.append(shown(path))
+            bad_names.append(shown(path))
             continue
         files.append(file)
         if not is_image_name(file.stem):
-            strange.append(shown(path))
-    if strange:
-        raise ShardsError(listing("expected file names in UTF-8, got these, which are not or are too long", strange))
+            bad_names.append(shown(path))
+    if bad_names:
+        raise ShardsError(listing("expected file names in UTF-8, got these (invalid or too long)", bad_names))
     by_stem: dict[str, list[ImageFile]] = defaultdict(list)
     for file in files:
-        by_stem[same(file.stem)].append(file)
-    doubles = [f"{stem}: {', '.join(map(_apart, twins))}" for stem, twins in sorted(by_stem.items()) if twins[1:]]
-    if doubles:
-        raise ShardsError(listing("expected each stem once, since it names the image, got more", doubles))
+        by_stem[normalized(file.stem)].append(file)
+    duplicates = [
+        f"{stem}: {', '.join(map(_distinct, twins))}" for stem, twins in sorted(by_stem.items()) if len(twins) > 1
+    ]
+    if duplicates:
+        raise ShardsError(listing("expected each stem once, since it names the image, got duplicates", duplicates))
     return sorted(files, key=lambda file: file.stem)
 
 
-def same(stem: str) -> str:
-    """Return what stems that look the same have in common: their Unicode normal form C (macOS writes form D)."""
+def normalized(stem: str) -> str:
+    """Return a stem in Unicode normal form C, in which names that look the same are equal (macOS writes form D)."""
     return unicodedata.normalize("NFC", stem)
 
 
 def listing(head: str, problems: Iterable[str]) -> str:
-    """Return the text of an error with a line for each problem."""
+    """Return an error text with a line for each problem."""
     return "\n  ".join([f"{head}:", *map(one_line, problems)])
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether a path leads to a folder; False where nothing is, an error where that cannot be told."""
+    """Return whether a path leads to a folder; False if nothing is there. StorageError if that cannot be determined."""
     try:
         return S_ISDIR(path.stat().st_mode)
     except OSError as error:
-        if error.errno in NOWHERE:
+        if error.errno in NOT_FOUND:
             return False
         raise explain(error, path) from None
 
 
-def _apart(file: ImageFile) -> str:
-    """A path, with escapes where its stem is not in normal form C: it looks like another one."""
-    return shown(file.path) if file.stem == same(file.stem) else ascii(shown(file.path))
+def _distinct(file: ImageFile) -> str:
+    """Return a path, escaped if its stem is not in normal form C, so that it does not look like another one."""
+    return shown(file.path) if file.stem == normalized(file.stem) else ascii(shown(file.path))
 
 
-def _find(source: Path, note: Note) -> Iterator[tuple[Path, bytes, Place | None]]:
+def _find(source: Path, note: Note) -> Iterator[tuple[Path, bytes, SourceFolder | None]]:
     try:
         mode = source.stat().st_mode
     except OSError as error:
-        got = "nothing there" if error.errno in NOWHERE else error.strerror
+        got = "nothing" if error.errno in NOT_FOUND else error.strerror
         raise ShardsError(
             one_line(f"{shown(source)}: expected a folder of images or an image file, got {got}")
         ) from None
@@ -118,42 +120,43 @@ def _find(source: Path, note: Note) -> Iterator[tuple[Path, bytes, Place | None]
         if source.suffix.lower() not in SUFFIXES:
             expected = f"an image ({', '.join(SUFFIXES)}) or a folder"
             raise ShardsError(one_line(f"{shown(source)}: expected {expected}, got {source.suffix!r}"))
-        yield source, os.fsencode(source.name), _home(source)
+        yield source, os.fsencode(source.name), _folder_of(source)
         return
     if not S_ISDIR(mode):
         got = describe_kind(mode)
         raise ShardsError(one_line(f"{shown(source)}: expected a folder of images or an image file, got {got}"))
     tree = _walk(source)
     if tree.broken:
-        names = ", ".join([shown(path) for path in tree.broken[:NAMED]] + ["…"] * (len(tree.broken) > NAMED))
-        note(one_line(f"{shown(source)}: {len(tree.broken)} links lead nowhere, and are passed over: {names}"))
+        names = ", ".join(map(shown, tree.broken[:MAX_NAMED]))
+        more = ", …" if len(tree.broken) > MAX_NAMED else ""
+        note(one_line(f"{shown(source)}: {len(tree.broken)} broken links are ignored: {names}{more}"))
     if not tree.files:
         raise ShardsError(
             one_line(f"{shown(source)}: expected images ({', '.join(SUFFIXES)}), got none in this folder")
         )
     if tree.linked:
-        note(one_line(f"{shown(source)}: {tree.linked} of {len(tree.files)} images are reached through links"))
+        note(one_line(f"{shown(source)}: {tree.linked} of {len(tree.files)} images were reached through links"))
     yield from tree.files
 
 
-def _walk(top: Path) -> _Tree:
-    """The image files below a folder, through links too, yet each folder once, whatever order a folder is listed in."""
-    tree = _Tree()
+def _walk(top: Path) -> _Found:
+    """Find the image files below a folder, also through links; each folder once, independent of its listing order."""
+    tree = _Found()
     seen: set[tuple[int, int]] = set()
-    links = [Path()]  # the top; then, in rounds, the links to folders that the round before has met
+    links = [Path()]  # the top; then, round by round, the links to folders found in the previous round
     behind_link = False
     while links:
-        met: list[Path] = []
+        found: list[Path] = []
         for link in sorted(links, key=os.fsencode):
             waiting = deque([link])
             while waiting:
                 inner = waiting.popleft()
                 try:
-                    place = Place.of(top / inner)
-                    if (place.device, place.inode) in seen:
+                    folder = SourceFolder.of(top / inner)
+                    if (folder.device, folder.inode) in seen:
                         continue
-                    seen.add((place.device, place.inode))
-                    entries = _visible(place.path)
+                    seen.add((folder.device, folder.inode))
+                    entries = _visible(folder.path)
                 except OSError as error:
                     raise _unreadable(top / inner, error) from None
                 for entry in entries:
@@ -161,14 +164,14 @@ def _walk(top: Path) -> _Tree:
                     path = inner / entry.name
                     image = entry.name.lower().endswith(SUFFIXES)
                     if kind == "folder":
-                        (met if is_link else waiting).append(path)
-                    elif image and kind in ("file", "nowhere"):
-                        home = _home(top / path) if is_link else place
+                        (found if is_link else waiting).append(path)
+                    elif image and kind in ("file", "broken"):
+                        home = _folder_of(top / path) if is_link else folder
                         tree.files.append((top / path, os.fsencode(path), home))
                         tree.linked += is_link or behind_link
-                    elif kind == "nowhere":
+                    elif kind == "broken":
                         tree.broken.append(top / path)
-        links, behind_link = met, True
+        links, behind_link = found, True
     return tree
 
 
@@ -180,9 +183,9 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Whether this is a folder, a file, a link that leads nowhere, or something other (a pipe, a device).
+    """Return "folder", "file", "broken" (a link) or "other" (a pipe, a device).
 
-    What cannot be told is an error: it might be a folder, whose images would be missing without a word.
+    If that cannot be determined it is an error: a folder's images must not go missing silently.
     """
     try:
         if entry.is_dir():
@@ -192,17 +195,17 @@ def _kind(entry: os.DirEntry[str]) -> str:
         if entry.is_symlink():
             Path(entry.path).stat()
     except OSError as error:
-        if error.errno in NOWHERE:
-            return "nowhere"
+        if error.errno in NOT_FOUND:
+            return "broken"
         raise _unreadable(Path(entry.path), error) from None
     return "other"
 
 
-def _home(path: Path) -> Place | None:
-    """The folder of the file that a path leads to in the end."""
+def _folder_of(path: Path) -> SourceFolder | None:
+    """Return the folder of the file that a path resolves to."""
     try:
-        return Place.of(path.resolve(strict=True).parent)
-    except (OSError, RuntimeError):  # it leads nowhere
+        return SourceFolder.of(path.resolve(strict=True).parent)
+    except (OSError, RuntimeError):  # a broken link
         return None
 
 

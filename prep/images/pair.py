@@ -7,44 +7,46 @@ from loader.errors import ShardsError
 from loader.system.threads import in_threads
 from prep.images.decode import read_size
 from prep.images.faults import ImageError, shown
-from prep.images.find import ImageFile, Note, find_images, is_folder, listing, same
+from prep.images.find import ImageFile, Note, find_images, is_folder, listing, normalized
 
-HEADER_THREADS = 16  # headers are small reads: on network storage they take the time of a round trip each
+HEADER_THREADS = 16  # on network storage each header takes a round trip
 
 
 def pair_lr(images: Sequence[ImageFile], folder: Path, scale: int, note: Note = lambda text: None) -> list[ImageFile]:
-    """Return the LR file of each image: `folder/X4/0001x4.png`, or `folder/0001x4.png` where there is no folder X4.
+    """Return the LR file of each image: `folder/X4/0001x4.png`, or `folder/0001x4.png` if there is no folder X4.
 
-    Names that differ in nothing but their Unicode normal form are the same. `note` is as for `find_images`.
+    Names that differ only in Unicode normal form match. `note` is as for `find_images`.
 
     Raises:
-        ShardsError: listing every image without LR and every LR without image.
+        ShardsError: HR and LR do not match; the text lists every HR image without LR and every LR image without HR.
     """
     suffix = f"x{scale}"
     inner = folder / f"X{scale}"
-    apart = is_folder(inner)
-    files = {same(file.stem): file for file in find_images([inner if apart else folder], note)}
-    if not apart:  # files of several scales side by side
+    has_inner = is_folder(inner)
+    files = {normalized(file.stem): file for file in find_images([inner if has_inner else folder], note)}
+    if not has_inner:  # files of several scales in one folder
         files = {stem: file for stem, file in files.items() if stem.endswith(suffix)}
-    wanted = {same(image.stem + suffix): image for image in images}
+    wanted = {normalized(image.stem + suffix): image for image in images}
     problems = [f"{shown(image.path)}: no LR image {stem}" for stem, image in wanted.items() if stem not in files]
-    problems += [f"{shown(file.path)}: no HR image for it" for stem, file in files.items() if stem not in wanted]
+    problems += [f"{shown(file.path)}: no HR image" for stem, file in files.items() if stem not in wanted]
     if problems:
-        raise ShardsError(listing(f"expected one LR image for each HR image at scale {scale}, got misfits", problems))
+        raise ShardsError(
+            listing(f"expected one LR image for each HR image at scale {scale}, got mismatches", problems)
+        )
     return [files[stem] for stem in wanted]
 
 
 def check_sizes(images: Sequence[ImageFile], lr: Sequence[ImageFile], scale: int) -> None:
-    """Hold that each LR image is its HR image's size divided by the scale, rounded down or (as MATLAB does) up.
+    """Check that each LR image has its HR image's size divided by the scale, rounded down or (as in MATLAB) up.
 
     Raises:
-        ShardsError: listing every pair that does not fit, and every file whose header cannot be read.
-        StorageError: headers cannot be read since the storage fails.
+        ShardsError: sizes do not match; the text lists every such pair and every file with an unreadable header.
+        StorageError: the storage fails.
     """
 
-    def misfit(pair: tuple[ImageFile, ImageFile]) -> str | None:
+    def mismatch(pair: tuple[ImageFile, ImageFile]) -> str | None:
         try:
-            (height, width), small = (read_size(file.path, place=file.place) for file in pair)
+            (height, width), small = (read_size(file.path, folder=file.folder) for file in pair)
         except ImageError as error:
             return str(error)
         if lr_fits((height, width), small, scale):
@@ -53,10 +55,10 @@ def check_sizes(images: Sequence[ImageFile], lr: Sequence[ImageFile], scale: int
         return f"{shown(pair[1].path)}: expected {expected} for HR of {height} × {width}, got {small[0]} × {small[1]}"
 
     pairs = list(zip(images, lr, strict=True))
-    if problems := list(filter(None, in_threads(misfit, pairs, HEADER_THREADS))):
-        raise ShardsError(listing(f"expected LR sizes that fit scale {scale}, got misfits", problems))
+    if problems := list(filter(None, in_threads(mismatch, pairs, HEADER_THREADS))):
+        raise ShardsError(listing(f"expected LR sizes that match scale {scale}, got mismatches", problems))
 
 
 def lr_fits(hr: tuple[int, int], lr: tuple[int, int], scale: int) -> bool:
-    """Whether LR of a size (H, W) can belong to HR of a size."""
+    """Return whether an LR size (H, W) matches an HR size."""
     return all(small in (big // scale, -(-big // scale)) for big, small in zip(hr, lr, strict=True))

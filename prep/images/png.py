@@ -1,7 +1,7 @@
-"""The chunks of a PNG file: their checksums, and whether EXIF or text stands behind the pixels.
+"""PNG chunks: their checksums, and whether EXIF or text follows the pixels.
 
-libpng prints what is wrong with a file and does not say which file; Pillow decodes all pixels to see whether EXIF
-follows them. A walk along the chunks (PNG specification, section 5) tells both, for the cost of a CRC-32.
+libpng prints errors without naming the file, and Pillow decodes all pixels to see whether EXIF follows them. Walking
+the chunks (PNG specification, section 5) settles both for the cost of a CRC-32.
 """
 
 import os
@@ -10,19 +10,19 @@ from typing import IO
 
 SIGNATURE = 8  # bytes
 METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
-MAX_CHUNKS = 1 << 20  # of the usual 8 KiB, for 8 GiB of compressed pixels
-BLOCK = 1 << 20  # bytes checked at once
+MAX_CHUNKS = 1 << 20  # enough for 8 GiB of compressed pixels in the usual chunks of 8 KiB
+BLOCK = 1 << 20  # bytes per read
 
 
-def metadata_behind_pixels(file: IO[bytes], check: bool) -> bool:
-    """Whether there is EXIF or text after the first pixels; the place in the file stays as it was.
+def metadata_after_pixels(file: IO[bytes], check: bool) -> bool:
+    """Return whether EXIF or text follows the first pixels. The position in the file does not change.
 
     Args:
-        file: holds a PNG signature.
-        check: hold every chunk's CRC-32 against the one written there.
+        file: starts with a PNG signature.
+        check: compare every chunk with its CRC-32.
 
     Raises:
-        ValueError: a chunk has another checksum, the file ends before its last chunk, or there are too many.
+        ValueError: a checksum differs, the file ends before its last chunk, or there are too many chunks.
     """
     before = file.tell()
     try:
@@ -33,7 +33,7 @@ def metadata_behind_pixels(file: IO[bytes], check: bool) -> bool:
 
 
 def _walk(file: IO[bytes], check: bool) -> bool:
-    pixels = behind = False
+    pixels = after = False
     for _ in range(MAX_CHUNKS):
         if len(head := file.read(8)) < 8:
             raise ValueError("it ends before its last chunk")
@@ -41,18 +41,18 @@ def _walk(file: IO[bytes], check: bool) -> bool:
         if check:
             found = _crc32(file, length, kind)
             if file.read(4) != found:
-                raise ValueError(f"chunk {kind.decode(errors='replace')} is cut or changed")
+                raise ValueError(f"chunk {kind.decode(errors='replace')} is truncated or changed")
         else:
             file.seek(length + 4, os.SEEK_CUR)
         if kind == b"IEND":
-            return behind
+            return after
         pixels = pixels or kind == b"IDAT"
-        behind = behind or (pixels and kind in METADATA)
+        after = after or (pixels and kind in METADATA)
     raise ValueError(f"it has more than {MAX_CHUNKS} chunks")
 
 
 def _crc32(file: IO[bytes], length: int, kind: bytes) -> bytes:
-    """The checksum of a chunk, from its data on, as it is written behind them."""
+    """Return the CRC-32 of a chunk, reading its data, as stored after it."""
     found = zlib.crc32(kind)
     while length > 0 and (block := file.read(min(length, BLOCK))):
         found, length = zlib.crc32(block, found), length - len(block)

@@ -1,4 +1,4 @@
-"""The photographs that the scikit-image package carries: something to build from where there is no dataset yet."""
+"""The sample photographs of scikit-image: something to build from without a dataset."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,16 +19,16 @@ PHOTOGRAPHS = (
 
 
 def sample_photographs() -> list[Path]:
-    """The colour photographs in the installed scikit-image, found without importing it.
+    """Return the colour photographs in the installed scikit-image, without importing it.
 
     Raises:
-        ShardsError: scikit-image is not installed, or comes without some of them.
+        ShardsError: scikit-image is not installed, or lacks some of them.
     """
     package = find_spec("skimage")
     if package is None or not package.submodule_search_locations:
-        raise ShardsError("--sample: expected scikit-image, got no such package; pip install scikit-image brings it")
+        raise ShardsError("--sample: expected the package scikit-image, got none; run pip install scikit-image")
     folder = Path(package.submodule_search_locations[0]) / "data"
     paths = [folder / name for name in PHOTOGRAPHS]
     if missing := [path.name for path in paths if not path.exists()]:
-        raise ShardsError(f"{folder}: expected the photographs of scikit-image, got none of {', '.join(missing)}")
+        raise ShardsError(f"{folder}: expected the photographs of scikit-image, got no {', '.join(missing)}")
     return paths

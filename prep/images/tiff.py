@@ -1,7 +1,7 @@
-"""The first directory of a TIFF file, as far as it tells whether the file is worth reading (TIFF 6.0, section 2).
+"""The first directory of a TIFF file: size, tiles, and whether more pages follow (TIFF 6.0, section 2).
 
-Pillow follows all directories to count pages, in time that grows with their square; whether there is more than one is
-all that matters here.
+Pillow follows all directories to count pages, in quadratic time; all that matters here is whether there is more than
+one.
 """
 
 from dataclasses import dataclass
@@ -9,26 +9,26 @@ from typing import IO, Literal
 
 WIDTH, HEIGHT, ORIENTATION, TILE_WIDTH, TILE_HEIGHT = 256, 257, 274, 322, 323
 MAX_TAGS = 4096
-_BYTES = {3: 2, 4: 4, 16: 8}  # of SHORT, LONG and LONG8, by the number of the type
+_BYTES = {3: 2, 4: 4, 16: 8}  # bytes of SHORT, LONG and LONG8, by type number
 
 
 @dataclass(frozen=True)
 class Directory:
-    """Height and width of the first page as it is meant to be seen (decoders turn it), the pixels of one of its
-    tiles (0: it has none), whether pages follow.
+    """The first page: height and width with its orientation applied, as decoders do; pixels per tile (0: no tiles);
+    whether more pages follow.
     """
 
     height: int
     width: int
-    tile: int
-    more: bool
+    tile_pixels: int
+    more_pages: bool
 
 
 def read_directory(file: IO[bytes]) -> Directory:
     """Read the first directory of a TIFF or BigTIFF file.
 
     Raises:
-        ValueError: the file ends within it, or it has no size or thousands of tags.
+        ValueError: the directory is truncated, or has no size or thousands of tags.
     """
     file.seek(0)
     start = file.read(16)
@@ -47,7 +47,7 @@ def read_directory(file: IO[bytes]) -> Directory:
         value = data[at + 4 + word :][: _BYTES.get(kind, 0)]
         tags.setdefault(tag, int.from_bytes(value, order))
     if len(data) < count * entry or not (tags.get(WIDTH) and tags.get(HEIGHT)):
-        raise ValueError("its first directory is cut, or tells no size")
+        raise ValueError("its first directory is truncated or has no size")
     height, width = tags[HEIGHT], tags[WIDTH]
     if 5 <= tags.get(ORIENTATION, 1) <= 8:
         height, width = width, height

@@ -17,7 +17,7 @@ FAILURES = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowErro
 LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "an external link"}
 
 
-def check_structure(folder: Path, index: Index, number: int) -> Iterator[Finding]:
+def check_hdf5_shard(folder: Path, index: Index, number: int) -> Iterator[Finding]:
     """Where the datasets in an HDF5 shard (names, sizes, type, chunks, place) differ from what the index says.
 
     Links that lead elsewhere, to other files too, are told of and not followed; nothing but the shard is opened.
@@ -35,7 +35,7 @@ def check_structure(folder: Path, index: Index, number: int) -> Iterator[Finding
 
 
 def check_hdf5(descriptor: int, path: Path, index: Index, number: int) -> Iterator[Finding]:
-    """See `check_structure`; for a shard that is open, and is called `path` in findings."""
+    """See `check_hdf5_shard`; for a shard that is open, and is called `path` in findings."""
     try:
         access = h5p.create(h5p.FILE_ACCESS)
         access.set_fclose_degree(h5f.CLOSE_STRONG)

@@ -152,7 +152,7 @@ def stamps(source: Source) -> list[Stamp]:
         try:
             found = file.path.stat()
         except OSError as error:
-            meaning = explain(error, file.path, file.place)
+            meaning = explain(error, file.path, file.folder)
             if isinstance(meaning, StorageError):
                 raise meaning from None
             return None
@@ -286,7 +286,7 @@ def read_planes(source: Source, recipe: Recipe) -> Planes:
 
 
 def _read(file: ImageFile, max_pixels: int) -> tuple[Pixels, str]:
-    data = read_file(file.path, max_pixels, file.place)
+    data = read_file(file.path, max_pixels, file.folder)
     return decode(data, shown(file.path), max_pixels), hashlib.sha256(data).hexdigest()
 
 

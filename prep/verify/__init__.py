@@ -1,1 +1,1 @@
-"""Verifying datasets against their index and their sources, and repairing them."""
+"""Verifying datasets against their index and sources, and repairing them."""

@@ -1,4 +1,4 @@
-"""Bad shards built again from their sources: kept only if they are, to the byte, what the index records."""
+"""Rebuilding damaged shards from their sources; the result is kept only if it matches the index to the byte."""
 
 import contextlib
 import shutil
@@ -12,55 +12,55 @@ from loader.errors import ShardsError
 from loader.format.layout import Index, shard_number
 from loader.system.safefile import sync_folder
 from prep.shard.shard import ShardPlan, build_shard
-from prep.verify.sources import Originals, recipe_of
+from prep.verify.sources import SourceImages, recipe_of
 
-WORKSHOP = "repair.part"
+REPAIR_FOLDER = "repair.part"
 
 
 @contextmanager
-def workshop(folder: Path) -> Iterator[Path]:
-    """A folder to build shards in, within that of the dataset, so that they can be renamed; gone afterwards.
+def repair_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder to build shards in, inside the dataset's so that they can be renamed, and remove it afterwards.
 
-    What a repair that was killed left there is removed first: the caller sees to it that there is one at a time. Only
-    this user can put anything into it.
+    Leftovers of a killed repair are removed first; the caller's lock ensures that there is one repair at a time. Only
+    this user can write to the folder.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
-    place = folder / WORKSHOP
-    with contextlib.suppress(OSError):  # a folder: removed next; or nothing
-        place.unlink()
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(0o700)
+    workspace = folder / REPAIR_FOLDER
+    with contextlib.suppress(OSError):  # a file or a link; a folder is removed next
+        workspace.unlink()
+    shutil.rmtree(workspace, ignore_errors=True)
+    workspace.mkdir(0o700)
     try:
-        yield place
+        yield workspace
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
 def repair_shard(
-    folder: Path, place: Path, index: Index, number: int, originals: Originals, tick: Callable[[], None]
+    folder: Path, workspace: Path, index: Index, number: int, sources: SourceImages, tick: Callable[[], None]
 ) -> None:
-    """Build one shard again, and put it in the place of the bad one by rename once it is known to be right.
+    """Rebuild one shard, and rename it over the damaged one once it is known to match the index.
 
     Args:
         folder: of the dataset.
-        place: the folder to build in.
+        workspace: the folder to build in.
         index: the dataset's.
         number: of the shard.
-        originals: where the sources are.
-        tick: is called after every image; what it raises ends the work.
+        sources: where to find the source images.
+        tick: called after every image; an exception from it stops the work.
 
     Raises:
-        ShardsError: it cannot be built as it was, and why; the bad shard is then as before.
+        ShardsError: the shard cannot be rebuilt as it was; the damaged one is unchanged.
     """
     shard = index.shards[number]
-    if not originals.has_all(index):
-        raise ShardsError("its LR was given: --lr names the folder")
-    sources = tuple(originals.source(index, int(image)) for image in np.flatnonzero(index.shard == number))
+    if not sources.covers(index):
+        raise ShardsError("its LR was given: name its folder with --lr")
+    shard_sources = tuple(sources.find(index, int(image)) for image in np.flatnonzero(index.shard == number))
     serial = shard_number(shard.file)
     assert serial is not None, shard.file  # the index was checked
-    plan = ShardPlan(serial, sources, recipe_of(index), place)
+    plan = ShardPlan(serial, shard_sources, recipe_of(index), workspace)
 
     def proceed(good: bool) -> bool:
         tick()
@@ -72,7 +72,7 @@ def repair_shard(
             raise ShardsError(record.bad[0].reason)
         if record.shard != shard:
             got = record.shard.sha256 if record.shard else "no image"
-            raise ShardsError(f"built again from its sources: expected sha256 {shard.sha256}, got {got}")
+            raise ShardsError(f"rebuilt from its sources: expected sha256 {shard.sha256}, got {got}")
         plan.part.replace(folder / shard.file)
         sync_folder(folder)
     except OSError as error:

@@ -1,40 +1,41 @@
-"""A whole dataset against its index, its sources, or both; bad shards repaired. Shards are checked side by side."""
+"""Verifying and repairing whole datasets, in parallel threads."""
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 from loader.errors import ShardsError
 from loader.format.layout import Index
 from loader.system.limits import startable_threads
+from loader.system.threads import in_threads
 from prep.shard.checksums import Finding, Tick, check_length, check_shard
-from prep.shard.hdf5 import check_structure
-from prep.verify.repair import repair_shard, workshop
-from prep.verify.sources import Originals, compare_image
+from prep.shard.hdf5 import check_hdf5_shard
+from prep.verify.compare import compare_image
+from prep.verify.repair import repair_folder, repair_shard
+from prep.verify.sources import SourceImages
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Report = Callable[[int], None]
 
 
-class Stopped(Exception):  # noqa: N818
-    """Work that is no longer wanted."""
+class _Stopped(Exception):  # noqa: N818
+    """Work in progress is no longer wanted."""
 
 
 def check_shards(
     folder: Path, index: Index, numbers: Sequence[int], workers: int, quick: bool, report: Report
 ) -> list[Finding]:
-    """What is wrong with shards.
+    """Check shards against the index and return the findings.
 
     Args:
         folder: of the dataset.
         index: the dataset's.
         numbers: of the shards to check.
-        workers: threads; reading and checksums hold no lock of the interpreter.
-        quick: look at lengths, and at the structure of HDF5 files, only: pixels are not read, and not seen.
-        report: is told how many planes of images are done, or shards if it is quick.
+        workers: threads; reading and checksums release the interpreter lock.
+        quick: check only lengths and the structure of HDF5 files, without reading pixels.
+        report: called with the number of planes of images checked, or of shards if `quick`.
     """
 
     def check(number: int, tick: Tick) -> Iterable[Finding]:
@@ -43,77 +44,77 @@ def check_shards(
             tick()
         else:
             findings = check_shard(folder, index, number, tick)
-        # libhdf5 is not shown a file that is known to be damaged.
+        # Keep files known to be damaged away from libhdf5.
         if index.container == "hdf5" and all(finding.image is not None for finding in findings):
-            findings += check_structure(folder, index, number)
+            findings += check_hdf5_shard(folder, index, number)
         return findings
 
-    return _side_by_side(check, numbers, workers, report)
+    return _in_threads(check, numbers, workers, report)
 
 
 def compare_images(
-    folder: Path, index: Index, originals: Originals, known: Sequence[Finding], workers: int, report: Report
+    folder: Path, index: Index, sources: SourceImages, known: Sequence[Finding], workers: int, report: Report
 ) -> list[Finding]:
-    """Where the stored images differ from their sources, besides the findings that are known already.
+    """Compare all stored images with their sources and return new findings, besides those in `known`.
 
-    `report` is told how many images are done.
+    `report` is called with the number of images compared.
     """
     bad = {(finding.image, finding.scale) for finding in known}
-    # Of a shard of another length nothing is read.
-    closed = {number for number in {finding.shard for finding in known} if any(check_length(folder, index, number))}
+    # Nothing is read from a shard of the wrong length.
+    unreadable = {number for number in {finding.shard for finding in known} if any(check_length(folder, index, number))}
 
     def compare(image: int, tick: Tick) -> Iterable[Finding]:
-        skip = {scale for scale in index.planes if (image, scale) in bad or int(index.shard[image]) in closed}
-        findings = compare_image(folder, index, image, originals, skip)
+        skip = {scale for scale in index.planes if (image, scale) in bad or int(index.shard[image]) in unreadable}
+        findings = compare_image(folder, index, image, sources, skip)
         tick()
         return findings
 
-    return _side_by_side(compare, range(len(index.name)), workers, report)
+    return _in_threads(compare, range(len(index.name)), workers, report)
 
 
 def repair_shards(
-    folder: Path, index: Index, originals: Originals, numbers: Sequence[int], workers: int, report: Report
+    folder: Path, index: Index, sources: SourceImages, numbers: Sequence[int], workers: int, report: Report
 ) -> dict[int, str | None]:
-    """Build shards again from their sources; by number, why one could not be repaired, or None where it was.
+    """Rebuild shards from their sources; return for each number why the shard could not be repaired, None if it was.
 
-    The caller sees to it that nobody else writes in the folder. `report` is told how many images are done.
+    The caller must hold the folder's lock. `report` is called with the number of images done.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: the folder cannot be written to.
     """
 
     def repair(number: int, tick: Tick) -> Iterable[tuple[int, str | None]]:
         try:
-            repair_shard(folder, place, index, number, originals, tick)
+            repair_shard(folder, workspace, index, number, sources, tick)
         except ShardsError as error:
             return [(number, str(error))]
-        left = check_shards(folder, index, [number], 1, False, lambda done: None)
-        return [(number, left[0].text if left else None)]
+        remaining = check_shards(folder, index, [number], 1, False, lambda done: None)
+        return [(number, remaining[0].text if remaining else None)]
 
-    with workshop(folder) as place:
-        return dict(_side_by_side(repair, numbers, workers, report))
+    with repair_folder(folder) as workspace:
+        return dict(_in_threads(repair, numbers, workers, report))
 
 
-def _side_by_side(
-    work: Callable[[Item, Tick], Iterable[Result]], items: Iterable[Item], workers: int, report: Report
+def _in_threads(
+    work: Callable[[Item, Tick], Iterable[Result]], items: Sequence[Item], workers: int, report: Report
 ) -> list[Result]:
-    """The results of all items, in order; an interrupt ends what is in work."""
-    done, going, guard = 0, True, threading.Lock()
+    """Return the results for all items, in order. Work in progress ends at its next tick if this is interrupted."""
+    done, running, guard = 0, True, threading.Lock()
 
     def tick() -> None:
         nonlocal done
         with guard:
-            if not going:
-                raise Stopped
+            if not running:
+                raise _Stopped
             done += 1
             report(done)
 
-    if (threads := startable_threads(workers)) == 0:
-        return [result for item in items for result in work(item, tick)]
-    pool = ThreadPoolExecutor(threads)
-    try:
-        return [result for results in pool.map(lambda item: list(work(item, tick)), items) for result in results]
-    finally:
+    def stop() -> None:
+        nonlocal running
         with guard:
-            going = False
-        pool.shutdown(cancel_futures=True)
+            running = False
+
+    # in_threads may repeat an item if a thread fails to start, but a shard must not be repaired twice at once: ask only
+    # for threads that will start.
+    results = in_threads(lambda item: list(work(item, tick)), items, startable_threads(workers), stop)
+    return [result for some in results for result in some]

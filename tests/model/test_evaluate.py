@@ -250,7 +250,7 @@ def test_a_cut_image_ends_the_evaluation(hr: Path) -> None:
     (hr / "c.png").write_bytes((hr / "a.png").read_bytes()[:2000])
     result = run("--hr", hr, "--scale", 2, "--bicubic")
     assert result.exit_code == 1
-    assert "c.png: expected a whole image" in result.stderr
+    assert "c.png: expected a complete image" in result.stderr
     assert "mean" not in result.stdout
 
 

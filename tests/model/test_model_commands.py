@@ -186,7 +186,7 @@ def test_lr_of_equal_names_is_found(hr: Path, tmp_path: Path) -> None:
         assert [pair.name for pair in pairs] == ["a", "b"]
         assert np.array_equal(pairs[1].lr, photograph(20, 25, ord("b")))
     Pillow.fromarray(photograph(20, 25, 99)).save(lr / "X2" / "c.png")
-    with pytest.raises(ShardsError, match="no HR image for it"):
+    with pytest.raises(ShardsError, match="no HR image"):
         list(read_pairs(hr, lr, 2))
 
 
@@ -247,11 +247,11 @@ def test_the_checkpoint_is_never_replaced(hr: Path, weights: Path) -> None:
 def test_progress_is_told_where_there_is_no_terminal(
     hr: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upscale, "INTERVAL", 0.0)
+    monkeypatch.setattr("prep.console.progress.LINE_EVERY", 0.0)
     flags = ["--checkpoint", weights, "--out", tmp_path / "b.png", "--tile", 20]
     result = run(upscale, hr / "a.png", *flags)
     assert result.exit_code == 0
-    assert [line.partition(",")[0] for line in result.stderr.splitlines()] == [f"{n} of 6 tiles" for n in range(1, 6)]
+    assert [line.partition(",")[0] for line in result.stderr.splitlines()] == [f"{n}/6 tiles" for n in range(1, 7)]
 
 
 def test_freed_memory_is_kept() -> None:

@@ -267,7 +267,7 @@ def test_palettes_grey_and_orientation_are_read(tmp_path: Path) -> None:
 def test_animations_are_refused(tmp_path: Path) -> None:
     frames = [Pillow.fromarray(transparent(20, 30)), Pillow.fromarray(transparent(20, 30)[::-1])]
     frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
-    with pytest.raises(ImageError, match="expected one picture, got 2"):
+    with pytest.raises(ImageError, match="expected one image, got 2"):
         read_picture(tmp_path / "moving.webp")
 
 

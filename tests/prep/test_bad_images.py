@@ -1,4 +1,4 @@
-"""Odd and bad image files given to the command: what is fine is packed, what is not has one clear line each."""
+"""Odd and bad image files: `prep` packs the good ones and reports each bad one in a line."""
 
 import errno
 import io
@@ -21,7 +21,6 @@ from loader.format.index import read_index
 from loader.pixels.shards import Shards
 from prep.cli import main
 from prep.images.decode import decode
-from prep.shard import shard as shard_module
 
 RGB = photograph(23, 31)
 PICTURE = Image.fromarray(RGB)
@@ -58,13 +57,13 @@ def deep() -> bytes:
     return bytes(data)
 
 
-def see_through() -> Image.Image:
+def translucent() -> Image.Image:
     image = PICTURE.convert("RGBA")
     image.putpixel((3, 4), (1, 2, 3, 254))
     return image
 
 
-def torn(data: bytes, at: float) -> bytes:
+def truncated(data: bytes, at: float) -> bytes:
     return data[: int(len(data) * at)]
 
 
@@ -81,19 +80,19 @@ BAD: dict[str, tuple[bytes, str]] = {
     "program.jpg": (b"\x7fELF" + bytes(200), "expected PNG, JPEG, BMP, TIFF or WebP, got something else"),
     "page.png": (b"<!DOCTYPE html><html><body>404</body></html>", "expected PNG, JPEG, BMP, TIFF or WebP"),
     "gif.png": (encoded(PICTURE, "GIF"), "expected PNG, JPEG, BMP, TIFF or WebP, got GIF"),
-    **{f"torn{p}.png": (torn(PNG, p / 100), "expected ") for p in (1, 5, 30, 60, 90, 99)},
-    **{f"torn{p}.jpg": (torn(JPEG, p / 100), "expected ") for p in (1, 5, 30, 60, 90, 99)},
-    "flipped.png": (flipped(PNG, len(PNG) // 2), "expected a whole image, got a damaged one"),
-    "no end.png": (PNG[:-12], "expected a whole image, got a damaged one"),
+    **{f"truncated{p}.png": (truncated(PNG, p / 100), "expected ") for p in (1, 5, 30, 60, 90, 99)},
+    **{f"truncated{p}.jpg": (truncated(JPEG, p / 100), "expected ") for p in (1, 5, 30, 60, 90, 99)},
+    "flipped.png": (flipped(PNG, len(PNG) // 2), "expected a complete image, got a damaged one"),
+    "no end.png": (PNG[:-12], "expected a complete image, got a damaged one"),
     "too few pixels.png": (
-        png(header(8, 8), (b"IDAT", zlib.compress(bytes(25))), (b"IEND", b"")), "expected a whole image of 8 × 8",
+        png(header(8, 8), (b"IDAT", zlib.compress(bytes(25))), (b"IEND", b"")), "expected a complete image of 8 × 8",
     ),
     "deep.png": (deep(), "expected 8 bits per channel, got 16"),
     "cmyk.jpg": (encoded(PICTURE.convert("CMYK"), "JPEG"), "got CMYK"),
-    "see through.png": (encoded(see_through(), "PNG"), "expected opaque pixels, got transparent ones"),
-    "animated.png": (encoded(PICTURE, "PNG", **FRAMES), "expected one picture, got 2"),
-    "animated.webp": (encoded(PICTURE, "WEBP", **FRAMES), "expected one picture, got 2"),
-    "pages.tiff": (encoded(PICTURE, "TIFF", **FRAMES), "expected one picture, got 2"),
+    "translucent.png": (encoded(translucent(), "PNG"), "expected opaque pixels, got transparent ones"),
+    "animated.png": (encoded(PICTURE, "PNG", **FRAMES), "expected one image, got 2"),
+    "animated.webp": (encoded(PICTURE, "WEBP", **FRAMES), "expected one image, got 2"),
+    "pages.tiff": (encoded(PICTURE, "TIFF", **FRAMES), "expected one image, got 2"),
     "bomb.png": (
         png(header(100_000, 100_000), (b"IDAT", zlib.compress(bytes(1 << 20))), (b"IEND", b"")),
         "expected at most 268435456 pixels, got 100000 × 100000",
@@ -126,7 +125,7 @@ GOOD: dict[str, tuple[bytes, tuple[int, int]]] = {
 
 
 def prep(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own: what libraries print counts as well."""
+    """Run the command in its own process, so that output of libraries is captured, too."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
         [sys.executable, "-m", "prep.cli", *arguments],
@@ -142,18 +141,18 @@ def fill(folder: Path, files: dict[str, tuple[bytes, Any]]) -> Path:
 
 
 def lines_about(text: str, name: str) -> list[str]:
-    """The lines that tell of a file, whose name may need escapes."""
+    """Return the lines about a file, whose name may contain escapes."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
     return [line for line in text.splitlines() if f"{shown}: " in line]
 
 
 def unique_stems(files: dict[str, tuple[bytes, Any]]) -> dict[str, tuple[bytes, Any]]:
-    """The same with a number before each name: stems name the images."""
+    """Return the files with a number before each name, since stems name the images."""
     return {f"{i} {name}": value for i, (name, value) in enumerate(files.items())}
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_every_bad_file_has_its_line(tmp_path: Path, workers: str) -> None:
+def test_each_bad_file_is_reported_in_one_line(tmp_path: Path, workers: str) -> None:
     bad = unique_stems(BAD)
     fill(tmp_path / "in", bad | {"good.png": (PNG, None)})
     run = prep(tmp_path, "build-shards", "in", "--scale", "2", "--workers", workers, "--on-error", "skip")
@@ -165,15 +164,15 @@ def test_every_bad_file_has_its_line(tmp_path: Path, workers: str) -> None:
         assert len(lines) == 1, (name, lines)
         assert message in lines[0], lines[0]
     others = [line for line in run.stderr.splitlines() if ": expected " not in line and " images, " not in line]
-    # libpng itself may tell of pixels that are too few, though all chunks are whole: without the file's name.
+    # libpng itself may complain about missing pixels, although all chunks are intact, without naming the file.
     others = [line for line in others if line != "libpng error: Not enough image data"]
-    assert len(others) == 1, others  # the head of the list
+    assert len(others) == 1, others  # the heading
     assert others[0].startswith(f"left out {len(bad)}")
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_fails_the_build(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """One line, exit code 1, and no dataset; in this process, since there are many."""
+def test_bad_file_fails_the_build(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """One line, exit code 1, no dataset. In this process, since there are many."""
     fill(tmp_path / "in", {name: BAD[name], "zz good.png": (PNG, None)})
     with pytest.raises(SystemExit) as caught:
         main(["build-shards", str(tmp_path / "in"), "--scale", "2", "--workers", "1", "--out", str(tmp_path / "out")])
@@ -185,7 +184,7 @@ def test_a_bad_file_fails_the_build(tmp_path: Path, name: str, capfd: pytest.Cap
     assert not list(tmp_path.glob("out/*.part"))
 
 
-def test_odd_files_that_are_fine(tmp_path: Path) -> None:
+def test_odd_but_valid_files(tmp_path: Path) -> None:
     fill(tmp_path / "in", GOOD)
     run = prep(tmp_path, "build-shards", "in", "--scale", "2", "--workers", "2", "--images-per-shard", "4")
     assert run.returncode == 0, run.stderr
@@ -206,7 +205,7 @@ def test_odd_files_that_are_fine(tmp_path: Path) -> None:
     assert "a\\nnew line.png: changed since the build" in run.stdout
 
 
-def links(folder: Path) -> tuple[str, str]:
+def broken_link(folder: Path) -> tuple[str, str]:
     (folder / "broken.png").symlink_to("nothing.png")
     return "broken.png", os.strerror(errno.ENOENT)
 
@@ -216,16 +215,16 @@ def loop(folder: Path) -> tuple[str, str]:
     return "loop.png", os.strerror(errno.ELOOP)
 
 
-def forbidden(folder: Path) -> tuple[str, str]:
-    write_image(folder / "forbidden.png", RGB)
-    (folder / "forbidden.png").chmod(0)
-    if os.access(folder / "forbidden.png", os.R_OK):
-        pytest.skip("this user may read everything")
-    return "forbidden.png", os.strerror(errno.EACCES)
+def unreadable(folder: Path) -> tuple[str, str]:
+    write_image(folder / "unreadable.png", RGB)
+    (folder / "unreadable.png").chmod(0)
+    if os.access(folder / "unreadable.png", os.R_OK):
+        pytest.skip("this user can read everything")
+    return "unreadable.png", os.strerror(errno.EACCES)
 
 
-@pytest.mark.parametrize("make", [links, loop, forbidden])
-def test_files_that_cannot_be_read(tmp_path: Path, make: Callable[[Path], tuple[str, str]]) -> None:
+@pytest.mark.parametrize("make", [broken_link, loop, unreadable])
+def test_unreadable_files(tmp_path: Path, make: Callable[[Path], tuple[str, str]]) -> None:
     fill(tmp_path / "in", {"good.png": (PNG, None)})
     name, reason = make(tmp_path / "in")
     run = prep(tmp_path, "build-shards", "in", "--scale", "2")
@@ -238,8 +237,8 @@ def test_files_that_cannot_be_read(tmp_path: Path, make: Callable[[Path], tuple[
     assert list(read_index(tmp_path / "shards/in").name) == ["good"]
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
-    """A folder that holds itself, folders and pipes that are named as images: nothing is waited for."""
+def test_folders_and_pipes_with_image_names(tmp_path: Path) -> None:
+    """A folder that contains itself, and folders and pipes named like images: nothing blocks."""
     fill(tmp_path / "in", {"good.png": (PNG, None)})
     os.mkfifo(tmp_path / "in/pipe.png")
     (tmp_path / "in/to a pipe.png").symlink_to("pipe.png")
@@ -250,8 +249,8 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     assert list(read_index(tmp_path / "shards/in").name) == ["good"]
 
 
-def test_names_that_are_refused(tmp_path: Path) -> None:
-    """Of no encoding, or the same stem twice: told before anything is built."""
+def test_refused_names(tmp_path: Path) -> None:
+    """Invalid UTF-8 or duplicate stems: reported before anything is built."""
     fill(tmp_path / "in", {"a.png": (PNG, None), "a.jpg": (JPEG, None)})
     run = prep(tmp_path, "build-shards", "in", "--scale", "2")
     assert run.returncode == 1
@@ -260,7 +259,7 @@ def test_names_that_are_refused(tmp_path: Path) -> None:
     try:
         Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/b\xff.png")).write_bytes(PNG)
     except OSError:
-        pytest.skip("this file system takes UTF-8 names only")
+        pytest.skip("this file system allows UTF-8 names only")
     run = prep(tmp_path, "build-shards", "in", "--scale", "2")
     assert run.returncode == 1
     assert run.stderr.count("\n") == 2
@@ -269,11 +268,11 @@ def test_names_that_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "shards").exists()
 
 
-@pytest.mark.parametrize("change", ["vanish", "cut", "another image"])
-def test_a_file_that_changes_during_the_build(
+@pytest.mark.parametrize("change", ["vanish", "truncate", "another image"])
+def test_file_that_changes_during_the_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
-    """After the first image was read, the second is no longer what was found."""
+    """After the first image is read, the second is replaced."""
     fill(tmp_path / "in", {"a.png": (PNG, None), "b.png": (PNG, None)})
     second = tmp_path / "in/b.png"
     other = encoded(Image.fromarray(RGB[:20]), "PNG")
@@ -282,16 +281,16 @@ def test_a_file_that_changes_during_the_build(
         if change == "vanish":
             second.unlink(missing_ok=True)
         else:
-            second.write_bytes(PNG[:100] if change == "cut" else other)
+            second.write_bytes(PNG[:100] if change == "truncate" else other)
         return decode(data, *rest)
 
-    monkeypatch.setattr(shard_module, "decode", decode_and_change)
+    monkeypatch.setattr("prep.shard.shard.decode", decode_and_change)
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as caught:
         main(["build-shards", str(tmp_path / "in"), "--scale", "2", "--workers", "1", "--out", str(out)])
     text = capsys.readouterr().err
     if change == "another image":
-        # What was read is what was packed, under the digest of just that.
+        # What was read is what was packed, and its digest is recorded.
         assert caught.value.code == 0
         assert read_index(out).height.tolist() == [23, 20]
         monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Image files made to take memory or time: looked at, refused in a line, never read whole."""
+"""Image files made to exhaust memory or time: refused in one line, never read in full."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from PIL import Image
 
 from prep.images.decode import decode, read_file, read_size
 from prep.images.faults import ImageError
-from prep.images.header import BYTES_BESIDES, kind_of
+from prep.images.header import EXTRA_BYTES, format_of
 from prep.images.jpeg import MAX_SCANS, count_scans
 
 RGB = photograph(23, 31)
@@ -39,27 +39,27 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "nothing"])
-def test_a_sparse_file_is_not_read(tmp_path: Path, kind: str) -> None:
-    """20 GB, behind the start of a true image or of zeros, in a process that may have 3 GB of address space."""
+def test_sparse_file_is_not_read(tmp_path: Path, kind: str) -> None:
+    """20 GB of holes after the start of a valid image, or after nothing."""
     data = b"" if kind == "nothing" else encoded(kind)
     try:
         sparse(tmp_path / "in/a.png", data, 20 * GB)
     except OSError:
-        pytest.skip("this file system takes no such file")
-    expected = "expected PNG, JPEG" if kind == "nothing" else f"expected at most {BYTES_BESIDES + 16 * 23 * 31} bytes"
+        pytest.skip("this file system does not support such a file")
+    expected = "expected PNG, JPEG" if kind == "nothing" else f"expected at most {EXTRA_BYTES + 16 * 23 * 31} bytes"
     for read in (read_size, read_file):
         with pytest.raises(ImageError, match=expected):
             read(tmp_path / "in/a.png")
 
 
-def test_a_build_in_little_memory(tmp_path: Path) -> None:
-    """The 3 GB of zeros that took 3.2 GB of memory."""
+def test_build_with_little_memory(tmp_path: Path) -> None:
+    """3 GB of zeros once took 3.2 GB of memory."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in/good.png").write_bytes(encoded("PNG"))
     try:
         sparse(tmp_path / "in/zeros.png", b"", 3 * GB)
     except OSError:
-        pytest.skip("this file system takes no such file")
+        pytest.skip("this file system does not support such a file")
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\nfrom prep.cli import main; main()"
     )
@@ -73,7 +73,7 @@ def test_a_build_in_little_memory(tmp_path: Path) -> None:
 
 
 def pages(count: int, *, loop: bool = False) -> bytes:
-    """A TIFF of many pages that share their pixels; or of one whose directory follows itself."""
+    """Return a TIFF with many pages that share their pixels, or with one directory that points to itself."""
     data = bytearray(encoded("TIFF"))
     first = int.from_bytes(data[4:8], "little")
     entries = int.from_bytes(data[first : first + 2], "little")
@@ -88,26 +88,26 @@ def pages(count: int, *, loop: bool = False) -> bytes:
     return bytes(data)
 
 
-def test_a_tiff_of_many_pages() -> None:
-    """40,000 took Pillow a time that grows with their square to count."""
+def test_tiff_with_many_pages() -> None:
+    """Pillow counts pages in quadratic time, which 40,000 would show."""
     for data in (pages(2), pages(40_000), pages(1, loop=True)):
-        with pytest.raises(ImageError, match="x: expected one picture, got 2 or more"):
+        with pytest.raises(ImageError, match="x: expected one image, got 2 or more"):
             decode(data, "x")
     assert decode(encoded("TIFF"), "x").shape == (23, 31, 3)
 
 
-def test_a_tiff_of_many_or_large_tags(tmp_path: Path) -> None:
+def test_tiff_with_too_many_tags_or_truncated(tmp_path: Path) -> None:
     data = bytearray(encoded("TIFF"))
     first = int.from_bytes(data[4:8], "little")
     data[first : first + 2] = b"\xff\xff"
     with pytest.raises(ImageError, match="65535 tags"):
         decode(bytes(data), "x")
     for cut in (9, first + 1, first + 30):
-        with pytest.raises(ImageError, match="expected a whole image, got a damaged one"):
+        with pytest.raises(ImageError, match="expected a complete image, got a damaged one"):
             decode(encoded("TIFF")[:cut], "x")
 
 
-def test_a_jpeg_of_very_many_scans() -> None:
+def test_jpeg_with_too_many_scans() -> None:
     data = encoded("JPEG", progressive=True)
     assert decode(data, "x").shape == (23, 31, 3)
     scan = data[data.index(b"\xff\xda") : data.index(b"\xff\xda", data.index(b"\xff\xda") + 2)]
@@ -115,8 +115,8 @@ def test_a_jpeg_of_very_many_scans() -> None:
         decode(data[:-2] + scan * MAX_SCANS + data[-2:], "x")
 
 
-def test_a_jpeg_ends_where_its_image_does() -> None:
-    """What follows, or stands in its metadata, is not looked at: previews, films; a cut file is told by itself."""
+def test_data_after_a_jpeg_image_is_ignored() -> None:
+    """Previews and films after the image or in its metadata do not count, and cannot hide a truncated image."""
     thumbnail = encoded("JPEG")
     exif = Image.Exif()
     exif[0x010E] = "x"
@@ -128,27 +128,27 @@ def test_a_jpeg_ends_where_its_image_does() -> None:
             count_scans(data[:cut])
 
 
-def test_a_png_that_is_all_text() -> None:
-    """Compressed text that would fill the memory, and chunks without number, before the pixels."""
+def test_png_with_huge_text_chunks() -> None:
+    """Compressed text before the pixels that would fill the memory."""
     data = encoded("PNG")
     text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 26), 9))
-    with pytest.raises(ImageError, match="expected a whole image, got a damaged one"):
+    with pytest.raises(ImageError, match="expected a complete image, got a damaged one"):
         decode(data[:33] + text * 3 + data[33:], "x")
 
 
-def test_kinds_are_told_by_name() -> None:
+def test_unsupported_formats_are_named() -> None:
     for head, kind in (
         (b"GIF89a", "GIF"), (b"\0\0\0\x20ftypavif", "AVIF"), (b"\0\0\0\x18ftypheic", "HEIC"), (b"8BPS\0\1", "PSD"),
         (b"%PDF-1.4", "PDF"), (b"RIFF\0\0\0\0WAVE", None), (b"", None),
     ):  # fmt: skip
-        assert kind_of(head) == kind
+        assert format_of(head) == kind
         with pytest.raises(ImageError, match=f"expected PNG, JPEG, BMP, TIFF or WebP, got {kind or 'something else'}"):
             decode(head, "x")
 
 
 @pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"}])
-def test_webp_tells_its_size_at_once(options: dict[str, object]) -> None:
-    """In each of its three forms: Pillow reads such files whole."""
+def test_webp_size_is_read_from_the_first_bytes(options: dict[str, object]) -> None:
+    """In each of the three forms, since Pillow reads such files in full."""
     data = encoded("WEBP", **options)
     with pytest.raises(ImageError, match="expected at most 100 pixels, got 23 × 31"):
         decode(data[:40], "x", 100)

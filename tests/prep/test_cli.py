@@ -75,7 +75,7 @@ def test_sample() -> None:
     ("arguments", "code", "message"),
     [
         ([], 2, "Missing option '--scale'"),
-        (["none", "--scale", 4], 1, "none: expected a folder of images or an image file, got nothing there"),
+        (["none", "--scale", 4], 1, "none: expected a folder of images or an image file, got nothing"),
         ([".", "--scale", 5], 2, "--scale: expected some of 2, 3, 4, 8, got 5"),
         ([".", "--scale", 4, "--tile", 60], 1, "tile: expected a multiple of 16"),
         (["a", "b", "--scale", 4], 2, "--out is required with several sources"),
@@ -205,7 +205,7 @@ def test_an_error_of_the_system_that_nobody_expected_is_one_line(monkeypatch: py
     def fail(folder: Path) -> None:
         raise PermissionError(13, "Permission denied", f"{folder}/\x1b[31m")
 
-    monkeypatch.setattr("prep.info.describe_dataset", fail)
+    monkeypatch.setattr("prep.commands.info.describe_dataset", fail)
     result = prep("info", "x")
     assert result.exit_code == 1
     assert result.output == "Error: x/\\x1b[31m: Permission denied\n"
@@ -216,7 +216,7 @@ def test_what_a_bomb_may_raise_is_one_line(monkeypatch: pytest.MonkeyPatch, erro
     def fail(folder: Path) -> None:
         raise error
 
-    monkeypatch.setattr("prep.info.describe_dataset", fail)
+    monkeypatch.setattr("prep.commands.info.describe_dataset", fail)
     result = prep("info", "x")
     assert result.exit_code == 1
     assert result.output.startswith("Error: ")

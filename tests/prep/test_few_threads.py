@@ -41,7 +41,7 @@ def test_verify_goes_on_with_fewer(dataset: Path, folder: Path, limit: list[int]
     limit[0] = most
     result = CliRunner().invoke(main, ["verify", str(dataset), "--workers", "4", "--source", str(folder)])
     assert result.exit_code == 0, result.output
-    assert result.stdout.endswith("all as recorded and as the sources have it\n")
+    assert result.stdout.endswith("everything matches the index and the sources\n")
 
 
 def test_bench_says_what_it_could_not_measure(dataset: Path, limit: list[int]) -> None:
@@ -64,6 +64,6 @@ def test_elsewhere_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         UnixCommand("x", callback=lambda: fail("can't start new thread")).main([])
     assert ended.value.code == 1
-    assert capsys.readouterr().err == "Error: expected room for another thread, got none (see ulimit -u and -v)\n"
+    assert capsys.readouterr().err == "Error: cannot start another thread (see ulimit -u and -v)\n"
     with pytest.raises(RuntimeError, match="a bug"):
         click.Command.main(UnixCommand("x", callback=lambda: fail("a bug")), [])

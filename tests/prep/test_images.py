@@ -1,4 +1,4 @@
-"""Finding, pairing and decoding image files, the odd ones too."""
+"""Finding, pairing and decoding image files, including odd ones."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tiff", ".webp", ".jpg"])
-def test_kinds_of_files(tmp_path: Path, suffix: str) -> None:
+def test_formats(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"a{suffix}"
     smooth = cv2.GaussianBlur(RGB, (0, 0), 4)
     options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
@@ -65,7 +65,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, kind: str, orientation: int
 
 
 def chunks(data: bytes) -> list[bytes]:
-    """The chunks of a PNG file."""
+    """Return the chunks of a PNG file."""
     at, found = 8, []
     while at < len(data):
         stop = at + 12 + int.from_bytes(data[at : at + 4])
@@ -75,8 +75,8 @@ def chunks(data: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize("last", ["eXIf", "tEXt"])
-def test_exif_behind_the_pixels_of_a_png(tmp_path: Path, last: str) -> None:
-    """Where it stands does not matter; nor does text there, which is where some programs put theirs."""
+def test_png_exif_after_pixels(tmp_path: Path, last: str) -> None:
+    """EXIF may come before or after the pixels, as may text."""
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     data = encoded(Image.fromarray(RGB), "PNG", exif=exif)
@@ -92,8 +92,8 @@ def test_exif_behind_the_pixels_of_a_png(tmp_path: Path, last: str) -> None:
     assert read_size(tmp_path / "x.png") == (31, 23)
 
 
-def test_a_png_of_which_a_chunk_changed() -> None:
-    """Any byte of it: all belong to a chunk with a checksum. What follows the last chunk does not matter."""
+def test_changed_png_chunks_are_refused() -> None:
+    """Every byte belongs to a chunk with a checksum, except what follows the last chunk."""
     data = encoded(Image.fromarray(RGB[:9, :9]), "PNG")
     for at in range(8, len(data)):
         with pytest.raises(ImageError, match="^x: expected "):
@@ -101,8 +101,8 @@ def test_a_png_of_which_a_chunk_changed() -> None:
     np.testing.assert_array_equal(decode(data + b"more", "x"), RGB[:9, :9])
 
 
-def test_sizes_need_no_pixels(tmp_path: Path) -> None:
-    """The header is all that is read of a file, be the rest of it what it may."""
+def test_read_size_needs_no_pixels(tmp_path: Path) -> None:
+    """Only the header is read, so damaged pixels do not matter."""
     for suffix in (".png", ".jpg", ".webp", ".bmp"):
         data = encoded(Image.fromarray(photograph(64, 48)), {"jpg": "JPEG"}.get(suffix[1:], suffix[1:].upper()))
         file = tmp_path / f"a{suffix}"
@@ -115,7 +115,7 @@ def test_sizes_need_no_pixels(tmp_path: Path) -> None:
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:
-    """Whatever the file's name: those of another kind, and lists of files."""
+    """Whatever the file name, both in single errors and in lists of files."""
     for folder in ("a", "b\nc"):
         write_image(tmp_path / folder / "x\ty.png", RGB)
     with pytest.raises(ShardsError) as caught:
@@ -135,7 +135,7 @@ def test_alpha(mode: str) -> None:
         decode(encoded(image, "PNG"), "x")
 
 
-def test_what_8_bit_rgb_cannot_hold(tmp_path: Path) -> None:
+def test_images_that_8_bit_rgb_cannot_represent(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "deep.png"), RGB.astype(np.uint16) * 257)
     cv2.imwrite(str(tmp_path / "deep.tiff"), RGB.astype(np.uint16) * 257)
     for file in tmp_path.iterdir():
@@ -146,7 +146,7 @@ def test_what_8_bit_rgb_cannot_hold(tmp_path: Path) -> None:
             decode(encoded(Image.fromarray(RGB).convert("CMYK"), kind), "x")
     frames = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]
     for kind in ("PNG", "WEBP", "TIFF"):
-        with pytest.raises(ImageError, match="expected one picture, got 2"):
+        with pytest.raises(ImageError, match="expected one image, got 2"):
             decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:]), "x")
     with pytest.raises(ImageError, match="expected PNG, JPEG, BMP, TIFF or WebP, got GIF"):
         decode(encoded(frames[0], "GIF"), "x")
@@ -165,18 +165,18 @@ def test_what_8_bit_rgb_cannot_hold(tmp_path: Path) -> None:
         ("WEBP", {"lossless": True}),
     ],
 )
-def test_cut_files(kind: str, options: dict[str, Any]) -> None:
-    """At many lengths, and at each of the last ones."""
+def test_truncated_files(kind: str, options: dict[str, Any]) -> None:
+    """Truncated at many lengths, and at each of the last 20."""
     data = encoded(Image.fromarray(photograph(64, 64)), kind, **options)
     for part in {*range(0, len(data), len(data) // 50), *range(len(data) - 20, len(data))}:
         with pytest.raises(ImageError, match=r"^x: expected "):
             decode(data[:part], "x")
 
 
-def test_rubbish(tmp_path: Path) -> None:
-    for rubbish in (b"", b"hello, this is text\n", bytes(5000), encoded(Image.fromarray(RGB), "PNG")[:8]):
+def test_files_that_are_not_images(tmp_path: Path) -> None:
+    for data in (b"", b"hello, this is text\n", bytes(5000), encoded(Image.fromarray(RGB), "PNG")[:8]):
         with pytest.raises(ImageError, match=r"^x: expected "):
-            decode(rubbish, "x")
+            decode(data, "x")
     with pytest.raises(ImageError, match="gone.png: expected a readable file, got No such file"):
         read_image(tmp_path / "gone.png")
 
@@ -188,11 +188,11 @@ def test_too_many_pixels() -> None:
         decode(data, "x", 23 * 31 - 1)
 
 
-def test_a_wrong_suffix_does_not_matter() -> None:
+def test_wrong_suffix_does_not_matter() -> None:
     np.testing.assert_array_equal(decode(encoded(Image.fromarray(RGB), "BMP"), "x.png"), RGB)
 
 
-def test_finding(tmp_path: Path) -> None:
+def test_find_images(tmp_path: Path) -> None:
     for name in ("b.PNG", "a.png", "in/ner/c.png", ".hidden.png", ".git/d.png"):
         write_image(tmp_path / name, RGB)
     (tmp_path / "notes.txt").write_text("no image")
@@ -202,8 +202,8 @@ def test_finding(tmp_path: Path) -> None:
     assert [file.name for file in find_images([tmp_path / "in", tmp_path / "a.png"])] == ["a.png", "ner/c.png"]
 
 
-def test_finding_nothing_or_too_much(tmp_path: Path) -> None:
-    with pytest.raises(ShardsError, match="got nothing there"):
+def test_find_images_errors(tmp_path: Path) -> None:
+    with pytest.raises(ShardsError, match="got nothing"):
         find_images([tmp_path / "none"])
     with pytest.raises(ShardsError, match="got none in this folder"):
         find_images([tmp_path])
@@ -221,13 +221,13 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     try:
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.png")).write_bytes(b"")
     except OSError:
-        pytest.skip("this file system takes UTF-8 names only")
+        pytest.skip("this file system allows UTF-8 names only")
     with pytest.raises(ShardsError, match=r"(?s)expected file names in UTF-8, got these.*b\\xff.png"):
         find_images([tmp_path])
 
 
 @pytest.mark.parametrize("layout", ["X4/{}x4.png", "{}x4.png"])
-def test_pairing(tmp_path: Path, layout: str) -> None:
+def test_pair_lr(tmp_path: Path, layout: str) -> None:
     for name in ("a", "b", "c"):
         write_image(tmp_path / "hr" / f"{name}.png", RGB)
         write_image(tmp_path / "lr" / layout.format(name), RGB[::4, ::4][:5, :7])
@@ -242,13 +242,13 @@ def test_pairing(tmp_path: Path, layout: str) -> None:
     write_image(tmp_path / "lr" / layout.format("f"), RGB)
     with pytest.raises(ShardsError) as caught:
         pair_lr(find_images([tmp_path / "hr"]), tmp_path / "lr", 4)
-    misfits = str(caught.value).splitlines()[1:]
-    assert len(misfits) == 3
-    for line, part in zip(misfits, ["d.png: no LR image dx4", "ex4.png: no HR", "fx4.png: no HR"], strict=True):
+    mismatches = str(caught.value).splitlines()[1:]
+    assert len(mismatches) == 3
+    for line, part in zip(mismatches, ["d.png: no LR image dx4", "ex4.png: no HR", "fx4.png: no HR"], strict=True):
         assert part in line
 
 
-def test_sizes_that_do_not_fit(tmp_path: Path) -> None:
+def test_mismatched_sizes(tmp_path: Path) -> None:
     sizes = {"down": (5, 7), "up": (6, 8), "short": (4, 7), "turned": (7, 5)}  # 23 / 4 = 5.75, 31 / 4 = 7.75
     for name, (height, width) in sizes.items():
         write_image(tmp_path / "hr" / f"{name}.png", RGB)

@@ -58,7 +58,7 @@ def test_it_is_told_everywhere(source: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "got one that lacks 2, left out before (--retry-skipped tries them again" in result.output
     text = prep("info", out).output
-    assert "left out  2 images" in text
+    assert "skipped   2 images" in text
     assert "bad.png: expected PNG" in text
     facts = json.loads(prep("info", out, "--json").output)
     assert [bad["source"] for bad in facts["left_out"]] == ["bad.png", "worse.png"]

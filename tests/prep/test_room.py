@@ -163,7 +163,7 @@ def test_an_image_of_more_pixels_is_refused_before_it_is_decoded(
     (Path(images) / "big.png").write_bytes(data[: len(data) // 2])  # decoding would find it cut
     with pytest.raises(ShardsError, match=r"big.png: expected at most 30000 pixels, got 200 × 200"):
         build(images, tmp_path / "out", max_pixels=30_000)
-    with pytest.raises(ShardsError, match=r"big.png: expected a whole image"):
+    with pytest.raises(ShardsError, match=r"big.png: expected a complete image"):
         build(images, tmp_path / "out", max_pixels=40_000)
 
 

@@ -1,4 +1,4 @@
-"""Sources as they are met: under other locales, behind links, on storage that fails, replaced while they are read."""
+"""Difficult sources: other locales, links, failing storage, files that change while being read."""
 
 import errno
 import io
@@ -22,7 +22,7 @@ from loader.format.index import read_index
 from loader.system.safefile import open_named
 from prep.images import decode as images
 from prep.images.decode import read_file, read_image, read_size
-from prep.images.faults import ImageError, Place, StorageError, explain
+from prep.images.faults import ImageError, SourceFolder, StorageError, explain
 from prep.images.find import find_images
 from prep.images.pair import pair_lr
 
@@ -38,7 +38,7 @@ def encoded(kind: str) -> bytes:
 
 
 def prep(folder: Path, *arguments: str, flags: tuple[str, ...] = (), **environment: str) -> Any:
-    """The command in a process of its own, under another locale, for example."""
+    """Run the command in its own process, for example under another locale."""
     return subprocess.run(
         [sys.executable, *flags, "-m", "prep.cli", *arguments],
         capture_output=True, cwd=folder, check=False, timeout=300,
@@ -49,8 +49,8 @@ def prep(folder: Path, *arguments: str, flags: tuple[str, ...] = (), **environme
 # Names
 
 
-def locales(place: Path) -> dict[str, dict[str, str]]:
-    """Environments whose file names are ASCII, Latin-1 (where its definition is installed) and UTF-8."""
+def locales(folder: Path) -> dict[str, dict[str, str]]:
+    """Return environments with file names in ASCII, UTF-8 and, if its definition is installed, Latin-1."""
     plain = {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}
     found = {
         "C": plain | {"LC_ALL": "C"},
@@ -58,15 +58,15 @@ def locales(place: Path) -> dict[str, dict[str, str]]:
         "C.UTF-8": plain | {"LC_ALL": "C.UTF-8"},
     }
     if shutil.which("localedef"):
-        command = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(place / "en_US.ISO-8859-1")]
+        command = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(folder / "en_US.ISO-8859-1")]
         made = subprocess.run(command, capture_output=True, check=False, timeout=120)
-        if made.returncode in (0, 1) and (place / "en_US.ISO-8859-1").is_dir():
-            found["latin-1"] = plain | {"LC_ALL": "en_US.ISO-8859-1", "LOCPATH": str(place)}
+        if made.returncode in (0, 1) and (folder / "en_US.ISO-8859-1").is_dir():
+            found["latin-1"] = plain | {"LC_ALL": "en_US.ISO-8859-1", "LOCPATH": str(folder)}
     return found
 
 
-def test_names_do_not_follow_the_locale(tmp_path: Path) -> None:
-    """The same bytes, and no failure to print, whatever LC_ALL says."""
+def test_names_are_independent_of_the_locale(tmp_path: Path) -> None:
+    """Whatever LC_ALL says, the datasets are identical and printing does not fail."""
     (tmp_path / "locales").mkdir()
     write_image(tmp_path / "in/Bär.bmp", RGB)
     write_image(tmp_path / "in/日本/zoë.png", RGB)
@@ -84,20 +84,20 @@ def test_names_do_not_follow_the_locale(tmp_path: Path) -> None:
     assert all(other == found["C.UTF-8"] for other in found.values())
 
 
-def test_names_that_are_not_utf8_are_all_listed(tmp_path: Path) -> None:
+def test_all_names_that_are_not_utf8_are_listed(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for name in (b"a\xff.png", b"b\xe4.png", b"good.png"):
         try:
             Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name)).write_bytes(encoded("PNG"))
         except OSError:
-            pytest.skip("this file system takes UTF-8 names only")
+            pytest.skip("this file system allows UTF-8 names only")
     with pytest.raises(ShardsError) as caught:
         find_images([tmp_path / "in"])
     assert [line.rsplit("/")[-1] for line in str(caught.value).splitlines()[1:]] == [r"a\xff.png", r"b\xe4.png"]
 
 
-def test_names_that_differ_in_their_normal_form_only(tmp_path: Path) -> None:
-    """macOS writes names in another normal form than people type: the same to the eye, and for pairing."""
+def test_names_that_differ_only_in_normal_form(tmp_path: Path) -> None:
+    """macOS stores names in another normal form than users type: they look the same, and pair."""
     composed, apart = (unicodedata.normalize(form, "Bär") for form in ("NFC", "NFD"))
     write_image(tmp_path / "hr" / f"{composed}.png", RGB)
     write_image(tmp_path / "lr" / f"{apart}x2.png", RGB[::2, ::2])
@@ -108,31 +108,31 @@ def test_names_that_differ_in_their_normal_form_only(tmp_path: Path) -> None:
         find_images([tmp_path / "hr"])
 
 
-def test_names_that_differ_in_case_are_two(tmp_path: Path) -> None:
+def test_names_that_differ_in_case_are_distinct(tmp_path: Path) -> None:
     write_image(tmp_path / "in/a.png", RGB)
     write_image(tmp_path / "in/A.png", RGB)
     if len(list((tmp_path / "in").iterdir())) < 2:
-        pytest.skip("this file system takes them for one")
+        pytest.skip("this file system ignores case")
     assert [file.stem for file in find_images([tmp_path / "in"])] == ["A", "a"]
 
 
 # Links
 
 
-def test_the_order_of_a_folder_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Links alias folders here and elsewhere: six orders, one outcome, and real folders come first."""
+def test_listing_order_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links alias folders here and elsewhere. Six listing orders give one result, real folders first."""
     for name in ("b/one.png", "b/inner/two.png", "../elsewhere/deep/three.png"):
         write_image(tmp_path / "in" / name, RGB)
     (tmp_path / "in/a").symlink_to("b")
     (tmp_path / "in/c").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in/d").symlink_to(tmp_path / "elsewhere/deep")
     (tmp_path / "in/b/loop").symlink_to(tmp_path / "in")
-    true, outcomes = os.scandir, []
+    scandir, outcomes = os.scandir, []
     for order in itertools.permutations(range(3)):
 
         class Shuffled:
             def __init__(self, folder: Any, order: tuple[int, ...] = order) -> None:
-                with true(folder) as found:
+                with scandir(folder) as found:
                     self.entries = sorted(found, key=lambda entry: (order["abc".find(entry.name) % 3], entry.name))
 
             def __enter__(self) -> Any:
@@ -143,19 +143,19 @@ def test_the_order_of_a_folder_does_not_matter(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(os, "scandir", Shuffled)
         notes: list[str] = []
         outcomes.append([file.name for file in find_images([tmp_path / "in"], notes.append)])
-        assert notes == [f"{tmp_path / 'in'}: 1 of 3 images are reached through links"]
+        assert notes == [f"{tmp_path / 'in'}: 1 of 3 images were reached through links"]
     assert outcomes == [["b/one.png", "c/deep/three.png", "b/inner/two.png"]] * 6
 
 
-def test_links_are_told(tmp_path: Path) -> None:
+def test_links_are_reported(tmp_path: Path) -> None:
     write_image(tmp_path / "in/a.png", RGB)
     (tmp_path / "in/b.png").symlink_to("a.png")
     (tmp_path / "in/gone").symlink_to(tmp_path / "not mounted")
     run = prep(tmp_path, "build-shards", "in", "--scale", "2", "--workers", "1")
     assert run.returncode == 0
     assert run.stderr.decode().splitlines() == [
-        "in: 1 links lead nowhere, and are passed over: in/gone",
-        "in: 1 of 2 images are reached through links",
+        "in: 1 broken links are ignored: in/gone",
+        "in: 1 of 2 images were reached through links",
     ]
 
 
@@ -163,25 +163,25 @@ def test_links_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", STORAGE)
-def test_errors_of_the_storage_are_no_bad_images(tmp_path: Path, name: str) -> None:
+def test_storage_errors_are_not_bad_images(tmp_path: Path, name: str) -> None:
     number = getattr(errno, name)
     assert isinstance(explain(OSError(number, os.strerror(number)), tmp_path / "a.png"), StorageError)
 
 
 @pytest.mark.parametrize("name", ["ENOENT", "EACCES", "ELOOP", "EISDIR", "ENAMETOOLONG", "EPERM"])
-def test_errors_of_one_file_are_bad_images(tmp_path: Path, name: str) -> None:
+def test_file_errors_are_bad_images(tmp_path: Path, name: str) -> None:
     error = OSError(getattr(errno, name), "so")
     (tmp_path / "in").mkdir()
-    place = Place.of(tmp_path / "in")
-    assert isinstance(explain(error, tmp_path / "in/a.png", place), ImageError)
-    (tmp_path / "in").rename(tmp_path / "moved")  # as where a mount went away
-    assert isinstance(explain(error, tmp_path / "in/a.png", place), StorageError)
+    source_folder = SourceFolder.of(tmp_path / "in")
+    assert isinstance(explain(error, tmp_path / "in/a.png", source_folder), ImageError)
+    (tmp_path / "in").rename(tmp_path / "moved")  # as after an unmount
+    assert isinstance(explain(error, tmp_path / "in/a.png", source_folder), StorageError)
     (tmp_path / "in").mkdir()
-    assert isinstance(explain(error, tmp_path / "in/a.png", place), StorageError)
+    assert isinstance(explain(error, tmp_path / "in/a.png", source_folder), StorageError)
 
 
-class Dying:
-    """open() and stat() of one image fail, as on a mount that died."""
+class DeadMount:
+    """Makes open() and stat() of one image fail, as on a dead mount."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
         self.name, self.number, self.dead = name, number, True
@@ -203,28 +203,28 @@ class Dying:
 
 
 @pytest.mark.parametrize("skip_bad", [False, True])
-def test_a_mount_that_dies_ends_the_build_which_resumes(
+def test_build_stops_when_a_mount_dies_and_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip_bad: bool
 ) -> None:
     out, each = tmp_path / "out", {"images_per_shard": 1, "skip_bad": skip_bad}
     expected = digests(build(folder, tmp_path / "undisturbed", **each))
-    storage = Dying(monkeypatch, "d e.png", errno.ENOTCONN)
+    storage = DeadMount(monkeypatch, "d e.png", errno.ENOTCONN)
 
     def die(done: int) -> None:
         storage.dead = done >= 2
 
     storage.dead = True
-    with pytest.raises(StorageError, match=r"expected storage that works, got Transport endpoint is not connected"):
+    with pytest.raises(StorageError, match=r"expected working storage, got Transport endpoint is not connected"):
         build(folder, tmp_path / "headers", **each)
     assert not (tmp_path / "headers").exists()
     storage.dead = False
-    with pytest.raises(ShardsError, match=r"(?s)d e.png: expected storage that works.*\n3 of 5 shards are finished"):
+    with pytest.raises(ShardsError, match=r"(?s)d e.png: expected working storage.*\n3 of 5 shards are finished"):
         build(folder, out, **each, report=die)
     kept = digests(out)
     assert "index.json" not in kept
     storage.dead = True
-    with pytest.raises(ShardsError, match=r"d e.png: expected storage that works"):
-        build(folder, out, **each)  # the stamps cannot be compared: that is no reason to build all anew
+    with pytest.raises(ShardsError, match=r"d e.png: expected working storage"):
+        build(folder, out, **each)  # file times cannot be compared, which is no reason to rebuild everything
     assert digests(out) == kept
     storage.dead = False
     build(folder, out, **each)
@@ -232,8 +232,8 @@ def test_a_mount_that_dies_ends_the_build_which_resumes(
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_a_source_that_goes_away_is_not_left_out(folder: Path, tmp_path: Path, empty: bool) -> None:
-    """What an unmounted folder gives: nothing there, or an empty folder. No image of it is bad."""
+def test_images_of_a_vanished_source_are_not_skipped(folder: Path, tmp_path: Path, empty: bool) -> None:
+    """After an unmount the folder is gone or empty. None of its images is bad."""
     source, out, each = tmp_path / "in", tmp_path / "out", {"images_per_shard": 1, "skip_bad": True}
     shutil.copytree(folder, source)
 
@@ -243,7 +243,7 @@ def test_a_source_that_goes_away_is_not_left_out(folder: Path, tmp_path: Path, e
             if empty:
                 source.mkdir()
 
-    with pytest.raises(ShardsError, match=r"(?s)/in is gone or another one.*\n2 of 5 shards are finished"):
+    with pytest.raises(ShardsError, match=r"(?s)/in is gone or has been replaced.*\n2 of 5 shards are finished"):
         build(source, out, **each, report=unmount)
     assert not (out / "index.json").exists()
     if empty:
@@ -253,8 +253,8 @@ def test_a_source_that_goes_away_is_not_left_out(folder: Path, tmp_path: Path, e
     assert digests(out) == digests(build(folder, tmp_path / "undisturbed", **each))
 
 
-def test_a_worker_that_meets_a_dying_storage(folder: Path, tmp_path: Path) -> None:
-    """In the workers' processes: one clear line, and none of them is left."""
+def test_failing_storage_in_a_worker(folder: Path, tmp_path: Path) -> None:
+    """An error in a worker process is one clear line, and stops all workers."""
     code = (
         "import errno, os, sys\n"
         "from prep.shard import shard\n"
@@ -277,14 +277,14 @@ def test_a_worker_that_meets_a_dying_storage(folder: Path, tmp_path: Path) -> No
     )  # fmt: skip
     assert run.returncode == 1
     assert "Traceback" not in run.stderr
-    assert "d e.png: expected storage that works, got Input/output error" in run.stderr
+    assert "d e.png: expected working storage, got Input/output error" in run.stderr
     assert not (tmp_path / "out/index.json").exists()
 
 
-def test_an_error_in_the_midst_of_a_header_is_told_as_that(tmp_path: Path) -> None:
-    """Pillow takes errors of every kind for a damaged file."""
+def test_storage_error_within_a_header_is_not_damage(tmp_path: Path) -> None:
+    """Pillow treats errors of every type as a damaged file."""
 
-    class Torn(io.BytesIO):
+    class Failing(io.BytesIO):
         def read(self, size: int | None = -1) -> bytes:
             if size is None or self.tell() + size > 40:
                 raise OSError(errno.EIO, "Input/output error")
@@ -295,18 +295,18 @@ def test_an_error_in_the_midst_of_a_header_is_told_as_that(tmp_path: Path) -> No
     for kind in ("PNG", "JPEG", "TIFF", "WEBP"):
         data = encoded(kind)
         with pytest.raises(OSError, match="Input/output error"):
-            read_header(Torn(data), len(data), "x", 1 << 20)
+            read_header(Failing(data), len(data), "x", 1 << 20)
 
 
-def test_a_folder_that_cannot_be_told_from_a_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_of_unknown_type_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_image(tmp_path / "in/a.png", RGB)
     (tmp_path / "in/sub").symlink_to("dead mount")
-    true = Path.stat
+    real_stat = Path.stat
 
     def stat(path: Path, **options: Any) -> os.stat_result:
         if path.name == "sub":
             raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
-        return true(path, **options)
+        return real_stat(path, **options)
 
     monkeypatch.setattr(Path, "stat", stat)
     with pytest.raises(ShardsError, match="sub: expected a readable folder, got Transport endpoint"):
@@ -315,10 +315,10 @@ def test_a_folder_that_cannot_be_told_from_a_file_is_an_error(tmp_path: Path, mo
         find_images([tmp_path / "in/sub"])
 
 
-def test_short_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenCV tells nothing of why it gives no pixels."""
+def test_out_of_memory_is_not_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenCV does not say why it returns no pixels."""
     monkeypatch.setattr("cv2.imdecode", lambda *_: None)
-    with pytest.raises(ImageError, match="cut or damaged"):
+    with pytest.raises(ImageError, match="truncated or damaged"):
         images.decode(encoded("PNG"), "x")
 
     def short(*_: object) -> None:
@@ -329,10 +329,10 @@ def test_short_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
         images.decode(encoded("PNG"), "x")
 
 
-# Files that change, and that are no files
+# Files that change, and special files
 
 
-def test_a_pipe_in_place_of_an_image_is_not_waited_for(tmp_path: Path) -> None:
+def test_pipe_instead_of_an_image_does_not_block(tmp_path: Path) -> None:
     write_image(tmp_path / "in/a.png", RGB)
     (found,) = find_images([tmp_path / "in"])
     found.path.unlink()
@@ -346,15 +346,15 @@ def test_a_pipe_in_place_of_an_image_is_not_waited_for(tmp_path: Path) -> None:
         find_images([found.path])
 
 
-def test_a_file_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(encoded("PNG"))
-    true = os.fstat
+    real_fstat = os.fstat
 
     def short(number: int) -> os.stat_result:
-        found = list(true(number))
+        found = list(real_fstat(number))
         found[6] -= 1
         return os.stat_result(found)
 
     monkeypatch.setattr("os.fstat", short)
-    with pytest.raises(ImageError, match="got one that grows"):
+    with pytest.raises(ImageError, match="got one that is growing"):
         read_file(tmp_path / "a.png")

@@ -1,4 +1,4 @@
-"""`prep verify`: every kind of damage is named, pixels are compared with their sources, bad shards are repaired."""
+"""`prep verify`: it names every kind of damage, compares pixels with their sources and repairs damaged shards."""
 
 import errno
 import hashlib
@@ -21,12 +21,9 @@ from loader.format.index_text import dump_index
 from loader.format.layout import HR, Index, Plane
 from loader.resize.imresize import imresize
 from prep.cli import main
-from prep.shard import checksums as check_module
 from prep.shard.checksums import GAP, Span, blocks, check_shard, is_padded, spans
-from prep.verify import repair as repair_module
-from prep.verify import verify as verify_module
-from prep.verify.sources import Originals
-from prep.verify.verify import check_shards, repair_shards
+from prep.verify.sources import SourceImages
+from prep.verify.verify import _in_threads, check_shards, repair_shards
 
 
 def verify(*arguments: object) -> Result:
@@ -49,14 +46,14 @@ def damage(path: Path, at: int, data: bytes = b"\x55\xaa") -> None:
         os.pwrite(file.fileno(), bytes(a ^ b for a, b in zip(before, data, strict=True)), at)
 
 
-def place(folder: Path, image: int, scale: int) -> tuple[Path, int]:
-    """The shard of an image, and where its run starts."""
+def locate(folder: Path, image: int, scale: int) -> tuple[Path, int]:
+    """Return the shard of an image and the offset of its tile run in a plane."""
     index = read_index(folder)
     return folder / index.shards[int(index.shard[image])].file, int(index.planes[scale].offset[image])
 
 
 def rewrite(folder: Path, index: Index) -> None:
-    """Make the files of a folder, as they are, what an index records."""
+    """Write an index that records the shards as they are now."""
     shards = []
     for shard in index.shards:
         data = (folder / shard.file).read_bytes()
@@ -71,11 +68,11 @@ def planes_with(index: Index, scale: int, column: str, image: int, value: int) -
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_a_whole_dataset(dataset: Path, folder: Path, workers: int) -> None:
+def test_intact_dataset(dataset: Path, folder: Path, workers: int) -> None:
     for arguments, verdict in (
-        ([], "all as recorded"),
-        (["--quick"], "lengths and structure as recorded; pixels were not read"),
-        (["--source", folder], "all as recorded and as the sources have it"),
+        ([], "everything matches the index"),
+        (["--quick"], "lengths and HDF5 structure match the index; pixels were not read"),
+        (["--source", folder], "everything matches the index and the sources"),
     ):
         result = verify(dataset, "--workers", workers, *arguments)
         assert result.exit_code == 0
@@ -85,12 +82,12 @@ def test_a_whole_dataset(dataset: Path, folder: Path, workers: int) -> None:
         assert lines[0].endswith(f": {verdict}")
 
 
-def test_everything_bad_is_named(copy: Path) -> None:
-    """Two planes of one image, one of another, and a shard that is gone: each in a line of its own."""
+def test_every_damaged_plane_is_named(copy: Path) -> None:
+    """Two planes of one image, one of another, and a missing shard: one line each."""
     for image, scale in ((0, HR), (0, 3), (1, 4)):
-        path, offset = place(copy, image, scale)
+        path, offset = locate(copy, image, scale)
         damage(path, offset + 3 * 64 + 1)
-    gone = place(copy, 4, HR)[0]
+    gone = locate(copy, 4, HR)[0]
     gone.unlink()
     result = verify(copy)
     assert result.exit_code == 1
@@ -109,8 +106,8 @@ def test_everything_bad_is_named(copy: Path) -> None:
     assert len(quick.stdout.splitlines()) == 2
 
 
-def test_lengths(copy: Path) -> None:
-    path, offset = place(copy, 1, 4)
+def test_wrong_lengths(copy: Path) -> None:
+    path, offset = locate(copy, 1, 4)
     data = path.read_bytes()
     path.write_bytes(data[: offset + 10])
     lines = verify(copy).stdout.splitlines()
@@ -122,8 +119,8 @@ def test_lengths(copy: Path) -> None:
     assert lines[0].endswith(f"got {len(data) + 1} bytes")
 
 
-def test_what_is_no_shard_is_not_read(copy: Path, tmp_path: Path) -> None:
-    """A pipe would be waited for; what a link leads to is none of the dataset's."""
+def test_pipes_and_links_are_not_read(copy: Path, tmp_path: Path) -> None:
+    """Reading a pipe would block, and a link's target is not part of the dataset."""
     index = read_index(copy)
     pipe, link = (copy / index.shards[number].file for number in (0, 1))
     pipe.unlink()
@@ -137,7 +134,7 @@ def test_what_is_no_shard_is_not_read(copy: Path, tmp_path: Path) -> None:
         assert len(lines) == 3
 
 
-def test_bytes_that_belong_to_no_plane(copy: Path) -> None:
+def test_damage_between_runs(copy: Path) -> None:
     index = read_index(copy)
     gap = next(span for span in spans(index, 0) if span.scale == GAP)
     path = copy / index.shards[0].file
@@ -152,10 +149,10 @@ def test_bytes_that_belong_to_no_plane(copy: Path) -> None:
 
 @pytest.mark.parametrize("side", ["right", "lower"])
 def test_padding(copy: Path, side: str) -> None:
-    """Bytes beyond the image's edge, in a shard and an index that agree with each other."""
+    """Bytes beyond the image's edge, although shard and index agree."""
     index = read_index(copy)
     image = list(index.name).index("b")  # 131 × 97: padded on both sides
-    path, offset = place(copy, image, HR)
+    path, offset = locate(copy, image, HR)
     tile = 64
     at = (1 * tile * tile + 40) * 3 if side == "right" else ((2 * 2) * tile * tile + 4 * tile) * 3
     damage(path, offset + at)
@@ -167,7 +164,7 @@ def test_padding(copy: Path, side: str) -> None:
     assert lines[0] == f"{path}: HR of image 'b': padding: expected zeros beyond the image's edge, got others"
 
 
-def test_an_index_that_is_wrong_about_a_checksum(copy: Path) -> None:
+def test_wrong_checksum_in_the_index(copy: Path) -> None:
     index = read_index(copy)
     rewrite(copy, replace(index, planes=planes_with(index, 2, "crc32", 3, 7)))
     lines = verify(copy).stdout.splitlines()
@@ -175,7 +172,7 @@ def test_an_index_that_is_wrong_about_a_checksum(copy: Path) -> None:
     assert "X2 of image 'd e': crc32: expected 7, got " in lines[0]
 
 
-def test_a_damaged_index(copy: Path, folder: Path) -> None:
+def test_damaged_index(copy: Path, folder: Path) -> None:
     damage(copy / "index.json", 300)
     for arguments in ([], ["--quick"]):
         result = verify(copy, *arguments)
@@ -183,7 +180,8 @@ def test_a_damaged_index(copy: Path, folder: Path) -> None:
         assert result.stderr.count("\n") == 1
         assert "index.json: sha256: expected as last line the SHA-256 of all lines before it" in result.stderr
     assert (
-        "an index cannot be repaired: build-shards --overwrite" in verify(copy, "--repair", "--source", folder).stderr
+        "an index cannot be repaired: rebuild the dataset with build-shards --overwrite"
+        in verify(copy, "--repair", "--source", folder).stderr
     )
 
 
@@ -235,7 +233,7 @@ def flatten(file: h5py.File) -> None:
     ],
 )
 def test_hdf5_structure(hdf5: Path, edit: object, message: str) -> None:
-    """A shard whose digest is recorded right, and whose datasets are not those that the index tells of."""
+    """The recorded digest matches, but the datasets in the shard differ from the index."""
     index = read_index(hdf5)
     with h5py.File(hdf5 / index.shards[0].file, "r+") as file:
         edit(file)  # type: ignore[operator]
@@ -246,8 +244,8 @@ def test_hdf5_structure(hdf5: Path, edit: object, message: str) -> None:
         assert message in result.stdout
 
 
-def test_hdf5_datasets_at_other_places(hdf5: Path) -> None:
-    """Two images of one size, of which the index knows the places the wrong way round."""
+def test_hdf5_datasets_at_wrong_offsets(hdf5: Path) -> None:
+    """Two planes of one image whose offsets are swapped in the index."""
     index = read_index(hdf5)
     first, second = ((int(index.planes[scale].offset[2])) for scale in (2, 4))  # 32 × 32 and 16 × 16: one tile each
     rewrite(hdf5, replace(index, planes=planes_with(index, 2, "offset", 2, second) | {
@@ -258,7 +256,7 @@ def test_hdf5_datasets_at_other_places(hdf5: Path) -> None:
     assert f"X4 of image 'c': HDF5: first chunk: expected {first}, got {second}" in lines[1]
 
 
-def test_not_hdf5_at_all(hdf5: Path) -> None:
+def test_not_an_hdf5_file(hdf5: Path) -> None:
     index = read_index(hdf5)
     path = hdf5 / index.shards[0].file
     path.write_bytes(bytes(path.stat().st_size))
@@ -267,41 +265,41 @@ def test_not_hdf5_at_all(hdf5: Path) -> None:
 
 
 @pytest.fixture
-def originals(folder: Path, tmp_path: Path) -> Path:
+def sources(folder: Path, tmp_path: Path) -> Path:
     shutil.copytree(folder, tmp_path / "images")
     return tmp_path / "images"
 
 
-def test_sources_that_changed_or_are_gone(dataset: Path, originals: Path) -> None:
-    write_image(originals / "a.png", photograph(128, 192, seed=77))
-    (originals / "c.png").unlink()
-    (originals / "ü.png").rename(originals / "ü.bmp")
-    result = verify(dataset, "--source", originals)
+def test_changed_and_missing_sources(dataset: Path, sources: Path) -> None:
+    write_image(sources / "a.png", photograph(128, 192, seed=77))
+    (sources / "c.png").unlink()
+    (sources / "ü.png").rename(sources / "ü.bmp")
+    result = verify(dataset, "--source", sources)
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     assert len(lines) == 4
     assert "image 'a': source: " in lines[0]
     assert "a.png: changed since the build: sha256: expected " in lines[0]
-    assert f"image 'c': source: c.png: expected this file in {originals}, got none there" in lines[1]
+    assert f"image 'c': source: c.png: expected this file in {sources}, got none" in lines[1]
     assert "image 'ü': source: ü.png: expected this file in" in lines[2]
 
 
-def test_sources_in_several_places(dataset: Path, originals: Path, tmp_path: Path) -> None:
-    """Files named outright, and a folder with another file of the same name."""
+def test_several_sources(dataset: Path, sources: Path, tmp_path: Path) -> None:
+    """Single files, and a folder with another file of the same name."""
     write_image(tmp_path / "other/a.png", photograph(9, 9))
     for name in ("b.png", "c.png"):
-        (originals / name).rename(tmp_path / name)
-    sources = [tmp_path / "other", originals, tmp_path / "b.png", tmp_path / "c.png"]
-    result = verify(dataset, *(word for source in sources for word in ("--source", source)))
+        (sources / name).rename(tmp_path / name)
+    given = [tmp_path / "other", sources, tmp_path / "b.png", tmp_path / "c.png"]
+    result = verify(dataset, *(word for source in given for word in ("--source", source)))
     assert result.exit_code == 0, result.output
 
 
-def test_pixels_that_are_not_the_sources(copy: Path, folder: Path) -> None:
-    """A shard and an index that agree with each other, and not with the images."""
+def test_pixels_that_differ_from_the_sources(copy: Path, folder: Path) -> None:
+    """Shard and index agree with each other, but not with the images."""
     index = read_index(copy)
     planes = index.planes
     for scale, image in ((HR, 0), (3, 1)):
-        path, offset = place(copy, image, scale)
+        path, offset = locate(copy, image, scale)
         damage(path, offset + 3 * (planes[scale].tile + 2), b"\x01")
         end = offset + int(index.run_lengths(scale)[image])
         crc = zlib.crc32(path.read_bytes()[offset:end])
@@ -312,10 +310,10 @@ def test_pixels_that_are_not_the_sources(copy: Path, folder: Path) -> None:
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     assert "HR of image 'a': expected the pixels of " in lines[0]
-    assert lines[0].endswith("a.png, got 1 others, the first at row 1, column 2")
+    assert lines[0].endswith("a.png, got 1 different pixels, the first at row 1, column 2")
     assert "X3 of image 'b': expected the pixels of " in lines[1]
     assert len(lines) == 3
-    # What agrees with its index is not for --repair to change.
+    # --repair does not change shards that match the index.
     assert verify(copy, "--source", folder, "--repair").stdout.splitlines()[:2] == lines[:2]
 
 
@@ -331,14 +329,14 @@ def test_given_lr(given: tuple[Path, Path], folder: Path) -> None:
     data, lr = given
     result = verify(data, "--source", folder)
     assert result.exit_code == 0
-    assert result.stdout.endswith("but for the LR, which was given: --lr compares it\n")
+    assert result.stdout.endswith("except the given LR (compare it with --lr)\n")
     result = verify(data, "--source", folder, "--lr", lr)
     assert result.exit_code == 0
-    assert result.stdout.endswith("as the sources have it\n")
-    path = place(data, 0, HR)[0]
+    assert result.stdout.endswith("matches the index and the sources\n")
+    path = locate(data, 0, HR)[0]
     path.unlink()
     assert (
-        f"{path}: not repaired: its LR was given: --lr names the folder"
+        f"{path}: not repaired: its LR was given: name its folder with --lr"
         in verify(data, "--source", folder, "--repair").stdout
     )
     assert verify(data, "--source", folder, "--lr", lr, "--repair").exit_code == 0
@@ -346,12 +344,12 @@ def test_given_lr(given: tuple[Path, Path], folder: Path) -> None:
     assert "ax2.png: changed since the build" in verify(data, "--source", folder, "--lr", lr).stdout
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "grown", "gone", "replaced by a folder's link", "header"])
+@pytest.mark.parametrize("harm", ["flip", "truncated", "grown", "missing", "replaced by a link", "header"])
 def test_repair(copy: Path, folder: Path, dataset: Path, tmp_path: Path, harm: str) -> None:
-    path, offset = place(copy, 0, HR)
+    path, offset = locate(copy, 0, HR)
     if harm in ("flip", "header"):
         damage(path, offset + 99 if harm == "flip" else 16)
-    elif harm == "cut":
+    elif harm == "truncated":
         os.truncate(path, offset + 10)
     elif harm == "grown":
         path.write_bytes(path.read_bytes() + b"more")
@@ -364,7 +362,7 @@ def test_repair(copy: Path, folder: Path, dataset: Path, tmp_path: Path, harm: s
     result = verify(copy, "--source", folder, "--repair")
     assert result.exit_code == 0, result.output
     assert f"{path}: repaired" in result.stdout
-    assert ": 1 shards repaired, all as recorded" in result.stdout
+    assert ": 1 shards repaired, everything matches the index" in result.stdout
     assert path.read_bytes() == (dataset / path.name).read_bytes()
     assert not path.is_symlink()
     assert {file.name: file.stat().st_mtime_ns for file in copy.iterdir() if file != path} == others
@@ -372,53 +370,51 @@ def test_repair(copy: Path, folder: Path, dataset: Path, tmp_path: Path, harm: s
         assert (tmp_path / "elsewhere").read_bytes() == b"not to be touched"
 
 
-def test_what_cannot_be_repaired_stays_as_it_was(copy: Path, dataset: Path, originals: Path) -> None:
-    """One shard's source has changed, another's is fine: each gets what can be done."""
-    first, second = place(copy, 0, HR), place(copy, 2, HR)
+def test_unrepairable_shard_is_unchanged(copy: Path, dataset: Path, sources: Path) -> None:
+    """The source of one shard has changed; the other shard is repaired."""
+    first, second = locate(copy, 0, HR), locate(copy, 2, HR)
     for path, offset in (first, second):
         damage(path, offset)
     before = first[0].read_bytes()
-    write_image(originals / "b.png", photograph(131, 97, seed=5))
-    result = verify(copy, "--source", originals, "--repair")
+    write_image(sources / "b.png", photograph(131, 97, seed=5))
+    result = verify(copy, "--source", sources, "--repair")
     assert result.exit_code == 1
-    assert f"{first[0]}: not repaired: {originals}/b.png: changed since the build" in result.stdout
+    assert f"{first[0]}: not repaired: {sources}/b.png: changed since the build" in result.stdout
     assert f"{second[0]}: repaired" in result.stdout
     assert first[0].read_bytes() == before
     assert {path.name for path in copy.iterdir()} == {path.name for path in dataset.iterdir()}
 
 
-def test_a_rebuilt_shard_must_have_the_recorded_digest(copy: Path, dataset: Path, folder: Path) -> None:
-    """An index that records what the sources do not give (another version's LR, say): nothing is replaced."""
+def test_rebuilt_shard_must_have_the_recorded_digest(copy: Path, dataset: Path, folder: Path) -> None:
+    """The index records what the sources do not give (say, another version's LR): nothing is replaced."""
     index = read_index(copy)
     made = replace(index.lr, border="replicate")
     (copy / "index.json").write_bytes(dump_index(replace(index, lr=made)))
-    path, offset = place(copy, 0, HR)
+    path, offset = locate(copy, 0, HR)
     damage(path, offset)
     before = path.read_bytes()
     result = verify(copy, "--source", folder, "--repair")
     assert result.exit_code == 1
-    assert (
-        f"{path}: not repaired: built again from its sources: expected sha256 {index.shards[0].sha256}" in result.stdout
-    )
+    assert f"{path}: not repaired: rebuilt from its sources: expected sha256 {index.shards[0].sha256}" in result.stdout
     assert path.read_bytes() == before
     assert {path.name for path in copy.iterdir()} == {path.name for path in dataset.iterdir()}
 
 
-def test_a_repair_that_is_interrupted_or_killed(copy: Path, dataset: Path, folder: Path) -> None:
-    """The bad shard stays until the new one is whole; what lies about is used for nothing, and removed next time."""
-    path, offset = place(copy, 0, HR)
+def test_interrupted_or_killed_repair(copy: Path, dataset: Path, folder: Path) -> None:
+    """The damaged shard stays until the new one is complete; leftovers are not used, and are removed next time."""
+    path, offset = locate(copy, 0, HR)
     damage(path, offset)
     before = path.read_bytes()
     (copy / "shard-00000.h5.part").write_bytes(b"of an unfinished build")
     (copy / "repair.part").mkdir()
     (copy / "repair.part" / f"{path.name}.part").write_bytes(b"of a repair that was killed")
-    index, originals = read_index(copy), Originals((folder,))
+    index = read_index(copy)
 
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        repair_shards(copy, index, originals, [0], 1, interrupt)
+        repair_shards(copy, index, SourceImages((folder,)), [0], 1, interrupt)
     assert path.read_bytes() == before
     assert not (copy / "repair.part").exists()
     assert verify(copy, "--source", folder, "--repair").exit_code == 0
@@ -426,15 +422,15 @@ def test_a_repair_that_is_interrupted_or_killed(copy: Path, dataset: Path, folde
     assert (copy / "shard-00000.h5.part").read_bytes() == b"of an unfinished build"
 
 
-def test_a_repair_that_cannot_write(copy: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, offset = place(copy, 0, HR)
+def test_repair_that_cannot_write(copy: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, offset = locate(copy, 0, HR)
     damage(path, offset)
     before = path.read_bytes()
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(repair_module, "build_shard", full)
+    monkeypatch.setattr("prep.verify.repair.build_shard", full)
     result = verify(copy, "--source", folder, "--repair")
     assert result.exit_code == 1
     assert f"{path}: not repaired: it could not be written: No space left on device" in result.stdout
@@ -446,8 +442,8 @@ def test_a_repair_that_cannot_write(copy: Path, folder: Path, monkeypatch: pytes
 
 
 def test_one_repair_or_build_at_a_time(copy: Path, folder: Path) -> None:
-    """The lock of builds holds here, too; it is of the process, and so another one has to take it."""
-    path, offset = place(copy, 0, HR)
+    """Repairs take the lock of builds. It belongs to a process, so another process has to hold it here."""
+    path, offset = locate(copy, 0, HR)
     damage(path, offset)
     code = (
         "import sys\nfrom pathlib import Path\nfrom prep.build.lock import locked\n"
@@ -465,7 +461,7 @@ def test_one_repair_or_build_at_a_time(copy: Path, folder: Path) -> None:
     assert verify(copy, "--source", folder, "--repair").exit_code == 0
 
 
-def test_wrong_use(dataset: Path, tmp_path: Path) -> None:
+def test_usage_errors(dataset: Path, tmp_path: Path) -> None:
     assert verify(dataset, "--repair").exit_code == 2
     assert verify(dataset, "--lr", tmp_path).exit_code == 2
     assert verify(dataset, "--source", tmp_path / "none").exit_code == 2
@@ -476,11 +472,11 @@ def test_wrong_use(dataset: Path, tmp_path: Path) -> None:
     assert "expected a dataset, a folder with index.json, got none there" in result.stderr
 
 
-def test_blocks_cover_a_shard_and_cut_no_tile(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_cover_a_shard_without_splitting_tiles(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = read_index(dataset)
     sizes = {scale: plane.tile**2 * 3 for scale, plane in index.planes.items()} | {GAP: 1}
     for limit in (1, 5000, 64 * 64 * 3, 40_000, 1 << 20):
-        monkeypatch.setattr(check_module, "BLOCK", limit)
+        monkeypatch.setattr("prep.shard.checksums.BLOCK", limit)
         for number, shard in enumerate(index.shards):
             whole = spans(index, number)
             at = 0
@@ -495,8 +491,8 @@ def test_blocks_cover_a_shard_and_cut_no_tile(dataset: Path, monkeypatch: pytest
             assert check_shard(dataset, index, number, lambda: None) == []
 
 
-def test_padding_of_some_of_an_images_tiles() -> None:
-    """Against the plain way, for all first tiles and lengths of pieces."""
+def test_is_padded_for_some_tiles_of_an_image() -> None:
+    """Compare with a direct implementation, for random ranges of tiles."""
     rng = np.random.default_rng(0)
     side, height, width = 16, 40, 37
     rows, cols = 3, 3
@@ -515,7 +511,7 @@ def test_padding_of_some_of_an_images_tiles() -> None:
         assert is_padded(cut[first:last], first, height, width) == (not cut[first:last][beyond[first:last]].any())
 
 
-def test_an_interrupt_ends_the_threads(dataset: Path) -> None:
+def test_interrupt_stops_the_threads(dataset: Path) -> None:
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt
 
@@ -525,12 +521,12 @@ def test_an_interrupt_ends_the_threads(dataset: Path) -> None:
 
 
 def test_spans_without_images(dataset: Path) -> None:
-    """A shard that no image refers to is one gap."""
+    """A shard without images is one gap."""
     index = read_index(dataset)
     empty = replace(index, shard=np.zeros_like(index.shard))
     assert spans(empty, 2) == [Span(0, index.shards[2].bytes, -1, GAP)]
 
 
-def test_results_keep_the_order_of_their_items() -> None:
-    found = verify_module._side_by_side(lambda n, tick: [n, -n], range(50), 4, lambda done: None)
+def test_results_are_in_order() -> None:
+    found = _in_threads(lambda n, tick: [n, -n], range(50), 4, lambda done: None)
     assert found == [sign * n for n in range(50) for sign in (1, -1)]

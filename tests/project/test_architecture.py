@@ -27,7 +27,7 @@ prep.console prep.images
 prep.shard
 prep.build
 prep.verify prep.bench
-prep.info prep.imresize
+prep.imresize
 prep.commands
 prep.cli
 model

@@ -1,6 +1,6 @@
-"""Random damage to any file of a dataset: `verify` finds every piece of it, and the loader meets it with its own error.
+"""Random damage to any file of a dataset: `verify` finds all of it, and the loader raises its own errors.
 
-What changes bytes and not lengths the loader cannot see when it opens: it then gives wrong pixels, and must not crash.
+The loader does not notice changed pixels: it returns them, and must not crash.
 """
 
 import random
@@ -26,12 +26,12 @@ def flip_a_bit(data: bytes, rng: random.Random) -> bytes:
     return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
 
 
-def cut(data: bytes, rng: random.Random) -> bytes:
+def truncate(data: bytes, rng: random.Random) -> bytes:
     return data[: rng.randrange(len(data))]
 
 
 def swap_blocks(data: bytes, rng: random.Random) -> bytes:
-    """Two blocks of a page change places; blocks that are alike would change nothing."""
+    """Swap two different pages of the file."""
     blocks = [data[at : at + PAGE] for at in range(0, len(data), PAGE)]
     if len(set(blocks)) < 2:
         return flip_a_bit(data, rng)
@@ -43,11 +43,11 @@ def swap_blocks(data: bytes, rng: random.Random) -> bytes:
                 return changed
 
 
-HARMS = (flip_a_bit, cut, swap_blocks)
+DAMAGES = (flip_a_bit, truncate, swap_blocks)
 
 
 def is_found(folder: Path) -> bool:
-    """Whether `verify` says so, in its own way; --quick may or may not."""
+    """Return whether `verify` finds damage without crashing; --quick must not crash either."""
     for arguments in (["--quick"], []):
         result = CliRunner().invoke(main, ["verify", str(folder), "--workers", "2", *arguments])
         assert isinstance(result.exception, SystemExit | None), result.exception
@@ -55,7 +55,7 @@ def is_found(folder: Path) -> bool:
 
 
 def read_everything(folder: Path) -> str:
-    """What becomes of a reader: "refused" with the loader's error, or "read" to the end, whatever the pixels."""
+    """Read all pixels; return "refused" if the loader raised its own error, "read" otherwise."""
     try:
         shards = Shards(folder)
         for image in range(len(shards.index.name)):
@@ -73,44 +73,44 @@ def read_everything(folder: Path) -> str:
     return "read"
 
 
-def run(dataset: Path, place: Path, count: int, seed: int) -> Counter[str]:
-    """Damage one file at a time, `count` times; each file as often as the others."""
-    shutil.copytree(dataset, place)
-    assert not is_found(place)
-    rng, told = random.Random(seed), Counter[str]()
-    files = sorted(place.iterdir())
+def run(dataset: Path, copy: Path, count: int, seed: int) -> Counter[str]:
+    """Damage one file at a time, `count` times, each file equally often; return the counts of outcomes."""
+    shutil.copytree(dataset, copy)
+    assert not is_found(copy)
+    rng, outcomes = random.Random(seed), Counter[str]()
+    files = sorted(copy.iterdir())
     assert len(files) > 3
     for n in range(count):
-        path, harm = files[n % len(files)], HARMS[n // len(files) % len(HARMS)]
+        path, damage = files[n % len(files)], DAMAGES[n // len(files) % len(DAMAGES)]
         data = path.read_bytes()
-        changed = harm(data, rng)
+        changed = damage(data, rng)
         assert changed != data
         path.write_bytes(changed)
-        told[harm.__name__] += 1
-        if is_found(place):
-            told["found"] += 1
+        outcomes[damage.__name__] += 1
+        if is_found(copy):
+            outcomes["found"] += 1
         else:
-            print(f"not found: {path.name}, {harm.__name__}, number {n} of seed {seed}")
-        told[read_everything(place)] += 1
+            print(f"not found: {path.name}, {damage.__name__}, number {n} of seed {seed}")
+        outcomes[read_everything(copy)] += 1
         path.write_bytes(data)
-    return told
+    return outcomes
 
 
 def test_random_damage_is_found(dataset: Path, tmp_path: Path) -> None:
-    told = run(dataset, tmp_path / "copy", FEW, seed=1)
-    assert told["found"] == FEW
-    assert min(told[harm.__name__] for harm in HARMS) >= FEW // 4
-    assert told["read"] + told["refused"] == FEW
-    assert told["read"] > 0 < told["refused"]
+    outcomes = run(dataset, tmp_path / "copy", FEW, seed=1)
+    assert outcomes["found"] == FEW
+    assert min(outcomes[damage.__name__] for damage in DAMAGES) >= FEW // 4
+    assert outcomes["read"] + outcomes["refused"] == FEW
+    assert outcomes["read"] > 0 < outcomes["refused"]
 
 
 @pytest.mark.long
 def test_much_random_damage_is_found(dataset: Path, tmp_path: Path) -> None:
-    told = run(dataset, tmp_path / "copy", MANY, seed=2)
-    harms = ", ".join(f"{told[harm.__name__]} × {harm.__name__}" for harm in HARMS)
+    outcomes = run(dataset, tmp_path / "copy", MANY, seed=2)
+    damages = ", ".join(f"{outcomes[damage.__name__]} × {damage.__name__}" for damage in DAMAGES)
     print(
-        f"\n{dataset.name}: {told['found']} of {MANY} found ({harms}); "
-        f"loader: {told['refused']} refused, {told['read']} read to the end"
+        f"\n{dataset.name}: {outcomes['found']} of {MANY} found ({damages}); "
+        f"loader: {outcomes['refused']} refused, {outcomes['read']} read to the end"
     )
-    assert told["found"] == MANY
-    assert told["read"] + told["refused"] == MANY
+    assert outcomes["found"] == MANY
+    assert outcomes["read"] + outcomes["refused"] == MANY

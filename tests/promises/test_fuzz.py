@@ -1,6 +1,7 @@
-"""Valid inputs, changed at random with an eye to their structure: readers may refuse them, in their own words only.
+"""Structure-aware fuzzing: readers may refuse mutated inputs, but only with their own errors.
 
-A few seconds of each here; `make fuzz` takes minutes, with a seed of its own. Input n of a seed is always the same.
+Each test runs for a few seconds here, and for minutes under `make fuzz`, with a seed of its own. Input n of a seed is
+always the same.
 """
 
 import hashlib
@@ -25,9 +26,9 @@ from loader.format.layout import Index
 from prep.images.decode import decode
 from prep.images.faults import ImageError
 from prep.shard.checksums import GAP, spans
-from prep.shard.hdf5 import check_structure
+from prep.shard.hdf5 import check_hdf5_shard
 
-MAX_PIXELS = 1 << 20  # of an image: what its header claims is not allocated beyond this
+MAX_PIXELS = 1 << 20  # per image, so that headers cannot claim more memory
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
 
 
@@ -36,7 +37,7 @@ def signed(body: bytes) -> bytes:
 
 
 def test_index(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The parser: JSON with other values, and text with other bytes, most of it under a digest that fits."""
+    """The index parser: JSON with other values and text with other bytes, mostly with a matching digest."""
     text = (dataset / "index.json").read_bytes()
     body = text[: text.rindex(b'"sha256": "')]
     words = [*EDGES, b'"', b"[", b"{", b"]", b"}", b",", b":", b"-", b"1e9", b"9" * 5000, b"[" * 3000, b"\\u0000",
@@ -53,20 +54,20 @@ def test_index(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
         lines = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in top.items())
         return signed(("{\n" + lines).encode())
 
-    def meet(given: bytes) -> str:
+    def attempt(given: bytes) -> str:
         try:
             index = parse_index(given, "index.json")
         except FormatError as error:
             return refused(error, "index.json")
-        hold(index)
-        return "taken"
+        check_index(index)
+        return "accepted"
 
-    told = fuzz(f"index ({dataset.name})", make, meet, capfd)
-    assert told["refused"]
+    outcomes = fuzz(f"index ({dataset.name})", make, attempt, capfd)
+    assert outcomes["refused"]
 
 
-def hold(index: Index) -> None:
-    """What every index that was taken promises: runs within their shards, apart, and a text that is read the same."""
+def check_index(index: Index) -> None:
+    """Check an accepted index: runs lie within shards and do not overlap, and its text parses to the same index."""
     again = parse_index(dump_index(index), "again")
     assert dump_index(again) == dump_index(index)
     runs = []
@@ -113,7 +114,7 @@ def image_seeds() -> list[bytes]:
 
 
 def change_png(data: bytes, rng: random.Random) -> bytes:
-    """Chunks changed inside, moved, doubled or dropped, each with the checksum that fits what it holds then."""
+    """Change, move, duplicate or drop chunks, each with a matching checksum."""
     at, chunks = 8, []
     while at < len(data):
         (length,) = struct.unpack_from(">I", data, at)
@@ -139,7 +140,7 @@ def change_png(data: bytes, rng: random.Random) -> bytes:
 
 
 def test_images(capfd: pytest.CaptureFixture[str]) -> None:
-    """The image reader: files of every kind."""
+    """The image reader: files of every format."""
     seeds = image_seeds()
 
     def make(rng: random.Random) -> bytes:
@@ -148,7 +149,7 @@ def test_images(capfd: pytest.CaptureFixture[str]) -> None:
             return change_png(data, rng)
         return mutated(data, rng, EDGES)
 
-    def meet(given: bytes) -> str:
+    def attempt(given: bytes) -> str:
         try:
             pixels = decode(given, "file", MAX_PIXELS)
         except ImageError as error:
@@ -158,15 +159,15 @@ def test_images(capfd: pytest.CaptureFixture[str]) -> None:
         assert pixels.shape[2] == 3
         assert 0 < pixels.size <= 3 * MAX_PIXELS
         assert pixels.flags.c_contiguous
-        return "taken"
+        return "accepted"
 
-    told = fuzz("images", make, meet, capfd)
-    assert told["refused"]
-    assert told["taken"]
+    outcomes = fuzz("images", make, attempt, capfd)
+    assert outcomes["refused"]
+    assert outcomes["accepted"]
 
 
 def test_hdf5_structure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """libhdf5, when `verify --quick` has it open a shard whose metadata is damaged."""
+    """libhdf5, when `verify --quick` opens a shard with damaged metadata."""
     for i in range(30):
         write_image(tmp_path / f"in/{i}.png", photograph(20, 20, i))
     data = build(tmp_path / "in", tmp_path / "out", images_per_shard=30, tile=16)
@@ -182,10 +183,10 @@ def test_hdf5_structure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
             changed[rng.randrange(gap.start, gap.stop)] = rng.choice([0, 255, rng.randrange(256)])
         return bytes(changed)
 
-    def meet(given: bytes) -> str:
+    def attempt(given: bytes) -> str:
         path.write_bytes(given)
-        findings = list(check_structure(data, index, 0))
+        findings = list(check_hdf5_shard(data, index, 0))
         assert all(finding.text.startswith(str(path)) for finding in findings)
-        return "found" if findings else "not seen"
+        return "found" if findings else "not found"
 
-    assert fuzz("HDF5 structure", make, meet, capfd)["found"]
+    assert fuzz("HDF5 structure", make, attempt, capfd)["found"]

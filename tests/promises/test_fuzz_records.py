@@ -25,7 +25,7 @@ from prep.build.skipped import LIMIT, read_skipped
 from prep.build.staging import BUILD, RECORD, SKIPPED
 from prep.build.terms import differences, terms_of
 from prep.images.find import find_images
-from prep.shard.hdf5 import check_structure
+from prep.shard.hdf5 import check_hdf5_shard
 from prep.shard.shard import Recipe, ShardPlan
 
 WORDS = [*EDGES, b'"', b"[", b"{", b"]", b"}", b",", b":", b"-", b"1e9", b"9" * 5000, b"[" * 3000, b"\\u0000",
@@ -201,7 +201,7 @@ def test_hdf5_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
                     file.create_group(name)
                 case _:
                     file[name] = file["/"]
-        findings = list(check_structure(data, index, 0))
+        findings = list(check_hdf5_shard(data, index, 0))
         assert findings, (name, kind)
         assert all("(7, 7" not in finding.text for finding in findings)
         return kind

@@ -1,4 +1,4 @@
-"""`verify` on datasets that a stranger made: it ends, opens nothing outside the folder, and prints nothing raw."""
+"""`verify` on hostile datasets: it terminates, opens nothing outside the folder, and escapes what it prints."""
 
 import errno
 import hashlib
@@ -27,7 +27,7 @@ from loader.format.index_text import dump_index
 from loader.format.layout import HR, Index
 from prep.cli import main
 from prep.shard.checksums import HOLE, _sparse, check_shard
-from prep.shard.hdf5 import check_structure
+from prep.shard.hdf5 import check_hdf5_shard
 
 PRIVATE = "private facts"
 
@@ -42,12 +42,12 @@ def verify(*arguments: object) -> Result:
 
 @contextmanager
 def watchdog(seconds: int = 120) -> Iterator[None]:
-    """Interrupt what waits for a pipe, in libhdf5 too."""
+    """Interrupt whatever blocks on a pipe, including libhdf5."""
 
-    def bark(*_: object) -> None:
-        raise TimeoutError(f"still at it after {seconds} s")
+    def interrupt(*_: object) -> None:
+        raise TimeoutError(f"still running after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, bark)
+    before = signal.signal(signal.SIGALRM, interrupt)
     signal.alarm(seconds)
     try:
         yield
@@ -61,8 +61,8 @@ def in_time(*arguments: object) -> Result:
         return verify(*arguments)
 
 
-def alone(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    """`prep verify` in a process of its own, which is killed if it does not end."""
+def verify_process(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Run `prep verify` in its own process, with a timeout."""
     return subprocess.run(
         [sys.executable, "-m", "prep.cli", "verify", *map(str, arguments)],
         capture_output=True, text=True, timeout=120, check=False,
@@ -82,7 +82,7 @@ def hdf5(folder: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, index: Index) -> None:
-    """Make the index record the shards as they are, but for what cannot be read."""
+    """Write an index that records the shards as they are now."""
     shards = []
     for shard in index.shards:
         data = (folder / shard.file).read_bytes()
@@ -91,7 +91,7 @@ def rewrite(folder: Path, index: Index) -> None:
 
 
 def claim(folder: Path, length: int, number: int = 0) -> Path:
-    """Have the index say that a shard is so long."""
+    """Make the index claim a length for a shard; return the shard's path."""
     index = read_index(folder)
     shards = list(index.shards)
     shards[number] = replace(shards[number], bytes=length)
@@ -99,27 +99,27 @@ def claim(folder: Path, length: int, number: int = 0) -> Path:
     return folder / shards[number].file
 
 
-def test_an_index_that_claims_any_number_of_bytes(copy: Path) -> None:
+def test_index_claiming_an_absurd_length(copy: Path) -> None:
     path = claim(copy, 1 << 62)
-    ended = alone(copy)
+    ended = verify_process(copy)
     assert ended.returncode == 1
     assert (ended.stdout + ended.stderr).startswith((f"{path}: ", "Error: "))
     assert "Traceback" not in ended.stderr
 
 
-def test_a_sparse_file_of_the_length_that_an_index_claims(copy: Path) -> None:
+def test_sparse_shard_of_an_absurd_length(copy: Path) -> None:
     path = claim(copy, 1 << 42)
     try:
         os.truncate(path, 1 << 42)
     except OSError:
-        pytest.skip("this file system has no such long files")
-    ended = alone(copy)
+        pytest.skip("this file system does not support such long files")
+    ended = verify_process(copy)
     assert ended.returncode == 1
     assert "expected " in ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-def test_a_run_of_terabytes_that_are_not_on_the_disk(tmp_path: Path) -> None:
+def test_holes_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with path.open("wb") as file:
         file.write(bytes(5000))
@@ -134,7 +134,7 @@ def test_a_run_of_terabytes_that_are_not_on_the_disk(tmp_path: Path) -> None:
     os.close(descriptor)
 
 
-def test_a_shard_cut_short_names_every_plane_that_is_gone(copy: Path) -> None:
+def test_truncated_shard_names_every_missing_plane(copy: Path) -> None:
     index = read_index(copy)
     path = copy / index.shards[0].file
     os.truncate(path, 0)
@@ -145,9 +145,9 @@ def test_a_shard_cut_short_names_every_plane_that_is_gone(copy: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a device", "link away", "link to a pipe", "dangling link"])
-def test_in_place_of_a_shard(copy: Path, folder: Path, dataset: Path, tmp_path: Path, kind: str) -> None:
-    """Told by verify; repaired where a file can take its place. Nothing waits for a pipe."""
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to device", "link outside", "link to a pipe", "broken link"])
+def test_something_else_in_place_of_a_shard(copy: Path, folder: Path, dataset: Path, tmp_path: Path, kind: str) -> None:
+    """verify reports it, and --repair replaces it unless it is a folder. Nothing blocks on a pipe."""
     path = copy / read_index(copy).shards[0].file
     outside = tmp_path / "outside"
     path.rename(outside)
@@ -156,9 +156,9 @@ def test_in_place_of_a_shard(copy: Path, folder: Path, dataset: Path, tmp_path: 
             os.mkfifo(path)
         case "folder":
             path.mkdir()
-        case "link to a device":
+        case "link to device":
             path.symlink_to("/dev/zero")
-        case "link away":
+        case "link outside":
             path.symlink_to(outside)
         case "link to a pipe":
             os.mkfifo(copy / "pipe")
@@ -179,14 +179,14 @@ def test_in_place_of_a_shard(copy: Path, folder: Path, dataset: Path, tmp_path: 
     assert outside.read_bytes() == before
 
 
-def test_a_link_within_the_folder_is_a_shard(copy: Path) -> None:
+def test_link_within_the_folder_is_followed(copy: Path) -> None:
     path = copy / read_index(copy).shards[0].file
     path.rename(copy / "store")
     path.symlink_to("store")
     assert verify(copy).exit_code == 0
 
 
-def test_a_workshop_that_leads_elsewhere(copy: Path, folder: Path, tmp_path: Path) -> None:
+def test_planted_repair_folder(copy: Path, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "file").write_text("kept")
     path = copy / read_index(copy).shards[0].file
@@ -273,8 +273,8 @@ EDITS = [external_link, external_link_to_a_pipe, external_group, external_inner_
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_hdf5_shard_that_leads_elsewhere(hdf5: Path, tmp_path: Path, edit: Edit) -> None:
-    """All but hard links to ordinary datasets is refused before it is followed: nothing else is opened."""
+def test_hdf5_links_are_not_followed(hdf5: Path, tmp_path: Path, edit: Edit) -> None:
+    """Only hard links to ordinary datasets are followed; nothing else is opened."""
     other = tmp_path / "other.h5"
     with h5py.File(other, "w") as file:
         file["pixels"] = np.zeros((7, 7), np.uint8)
@@ -296,27 +296,27 @@ def test_an_hdf5_shard_that_leads_elsewhere(hdf5: Path, tmp_path: Path, edit: Ed
         assert "(one whose pixels are in other files)" in ended.stdout
 
 
-def test_what_is_opened_is_what_was_looked_at(hdf5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shard that is exchanged for a pipe after it was opened: libhdf5 waits for nobody."""
+def test_shard_replaced_by_a_pipe_after_opening(hdf5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libhdf5 reads the open file, whatever its name leads to by then."""
     index = read_index(hdf5)
     path = hdf5 / index.shards[0].file
     real = loader.system.safefile.open_member
 
-    def exchanged(name: Path) -> int:
+    def open_and_replace(name: Path) -> int:
         descriptor = real(name)
         name.unlink()
         os.mkfifo(name)
         return descriptor
 
-    monkeypatch.setattr(prep.shard.hdf5, "open_member", exchanged)
+    monkeypatch.setattr(prep.shard.hdf5, "open_member", open_and_replace)
     with watchdog():
-        findings = list(check_structure(hdf5, index, 0))
+        findings = list(check_hdf5_shard(hdf5, index, 0))
     assert all("cannot be opened" in finding.text for finding in findings)
     assert path.is_fifo()
 
 
 def test_names_with_escape_sequences(copy: Path) -> None:
-    """In an index that a stranger wrote: its program, its images, its sources."""
+    """In every string of a hostile index: program, images, sources."""
     index = read_index(copy)
     name = "\x1b]0;owned\x07\x1b[2J\n\u202e"
     names = [name, *list(index.name)[1:]]
@@ -336,19 +336,19 @@ def test_names_with_escape_sequences(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
-@pytest.mark.parametrize("when", ["looking", "reading"])
-def test_a_storage_that_fails_is_no_changed_source(
-    dataset: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, code: int, when: str
+@pytest.mark.parametrize("call", ["stat", "read"])
+def test_failing_storage_is_not_a_changed_source(
+    dataset: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
 ) -> None:
-    """Sources on a mount that died: told as not compared, not as changed or gone; and not as all right either."""
+    """Sources on a dead mount are reported as not compared: neither as changed or missing, nor as matching."""
 
-    def fail(path: Path) -> OSError:
+    def failure(path: Path) -> OSError:
         return OSError(code, os.strerror(code), str(path))
 
-    if when == "reading":
+    if call == "read":
 
         def opened(path: Path) -> int:
-            raise fail(path)
+            raise failure(path)
 
         monkeypatch.setattr(prep.verify.sources, "open_named", opened)
     else:
@@ -356,7 +356,7 @@ def test_a_storage_that_fails_is_no_changed_source(
 
         def looked_at(self: Path, *, follow_symlinks: bool = True) -> os.stat_result:
             if self.is_relative_to(folder):
-                raise fail(self)
+                raise failure(self)
             return stat(self, follow_symlinks=follow_symlinks)
 
         monkeypatch.setattr(Path, "stat", looked_at)
@@ -366,28 +366,26 @@ def test_a_storage_that_fails_is_no_changed_source(
     assert len(lines) == 5
     assert all(f"could not be read: {os.strerror(code)}" in line for line in lines)
     assert "changed since" not in result.stdout
-    assert last.endswith(": nothing wrong found; 5 images could not be compared")
+    assert last.endswith(": no damage found; 5 images could not be compared")
 
 
-def test_one_of_several_sources_that_fails(dataset: Path, folder: Path, tmp_path: Path) -> None:
-    """The right file is elsewhere: what cannot be read does not matter."""
+def test_one_of_several_sources_fails(dataset: Path, folder: Path, tmp_path: Path) -> None:
+    """An unreadable file does not matter if the right one is found elsewhere."""
     (tmp_path / "first").mkdir()
     for path in folder.iterdir():
         os.mkfifo(tmp_path / "first" / path.name)
     assert verify(dataset, "--source", tmp_path / "first", "--source", folder).exit_code == 0
 
 
-def test_arguments_that_are_empty(dataset: Path) -> None:
-    """An unset variable is not the working directory."""
+def test_empty_arguments(dataset: Path) -> None:
+    """An unset shell variable does not mean the working directory."""
     for words in (["verify", ""], ["verify", dataset, "--source", ""], ["bench", ""]):
         result = CliRunner().invoke(main, list(map(str, words)))
         assert result.exit_code == 2
-        assert "a shell variable that is not set?" in result.output
+        assert "an unset shell variable?" in result.output
 
 
-def test_repair_of_a_shard_whose_sources_cannot_be_read(
-    copy: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repair_with_unreadable_sources(copy: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = copy / read_index(copy).shards[0].file
     os.truncate(path, 5000)
 
