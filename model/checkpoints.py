@@ -17,10 +17,13 @@ from torch import Tensor
 
 from loader.errors import ShardsError, one_line
 from model.shufflemixer import ShuffleMixer, ShuffleMixerConfig
-from model.torchfile.archive import Archive, opened
-from model.torchfile.pickled import StoredTensor
+from model.torchfile.archive import Archive, ArchiveError, open_archive
+from model.torchfile.stored import StoredTensor
+from model.torchfile.unpickle import PickleError
 
 WEIGHTS_OF_BLOCK = 20  # at least: two layers, each of five convolutions with their biases
+# What zipfile and torch raise for damaged files.
+DAMAGE = (ValueError, zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error)
 WEIGHT_KEYS = {"ema": ("params_ema", "params"), "raw": ("params", "params_ema")}
 
 
@@ -31,7 +34,7 @@ class CheckpointError(ShardsError):
         super().__init__(one_line(text))
 
 
-class Shaped(Protocol):
+class HasShape(Protocol):
     """A tensor, or the description of one."""
 
     @property
@@ -56,7 +59,7 @@ class Checkpoint:
         return network
 
 
-def infer_config(weights: Mapping[str, Shaped]) -> ShuffleMixerConfig:
+def infer_config(weights: Mapping[str, HasShape]) -> ShuffleMixerConfig:
     """Tell the network's shape from its weights' names and shapes. Whether it shuffles cannot be told: it does.
 
     Raises KeyError for a weight that is missing, ValueError or IndexError for shapes that no network has.
@@ -84,7 +87,7 @@ def infer_config(weights: Mapping[str, Shaped]) -> ShuffleMixerConfig:
     )
 
 
-def find_config(path: Path, content: Mapping[str, Any], weights: Mapping[str, Shaped]) -> ShuffleMixerConfig:
+def find_config(path: Path, content: Mapping[str, Any], weights: Mapping[str, HasShape]) -> ShuffleMixerConfig:
     """Give the shape of the network of a checkpoint: what its `network` says, or else what its weights tell.
 
     `network` is a mapping of the fields of `ShuffleMixerConfig`, by `dataclasses.asdict`. Raises CheckpointError,
@@ -120,14 +123,11 @@ def find_config(path: Path, content: Mapping[str, Any], weights: Mapping[str, Sh
 def read_raw(path: Path) -> Mapping[str, Any]:
     """Read the mapping that a `torch.save` file holds, onto the CPU; CheckpointError if there is none.
 
-    It is read as data (see `model.torchfile.pickled`): a file of weights must not be able to run code,
+    It is read as data (see `model.torchfile.unpickle`): a file of weights must not be able to run code,
     nor to take more memory than it has bytes. Tensors that share a storage in the file share their memory.
     """
     with _open(path) as archive:
-        tensors: dict[int, StoredTensor] = {}
-        _find_tensors(archive.content, tensors)
-        read = dict(zip(tensors, archive.read_all(tensors.values()), strict=True))
-        content: Mapping[str, Any] = _with_tensors(archive.content, read)
+        content: Mapping[str, Any] = archive.read_content()
         return content
 
 
@@ -174,7 +174,7 @@ def plain_name(name: str) -> str:
     return ".".join(parts)
 
 
-def check_shapes(path: Path, config: ShuffleMixerConfig, weights: Mapping[str, Shaped]) -> None:
+def check_shapes(path: Path, config: ShuffleMixerConfig, weights: Mapping[str, HasShape]) -> None:
     """Raise CheckpointError, naming `path`, unless names and shapes are those of the network that `config` says."""
     try:
         with torch.device("meta"):  # allocates nothing
@@ -197,8 +197,8 @@ def check_shapes(path: Path, config: ShuffleMixerConfig, weights: Mapping[str, S
 def _open(path: Path) -> Iterator[Archive]:
     """Open a checkpoint, hold its checksums, and tell in one line what is wrong with it then or later."""
     try:
-        with opened(path) as archive:
-            archive.check_sums()  # torch writes checksums, and does not look at them
+        with open_archive(path) as archive:
+            archive.verify_checksums()  # torch writes checksums, and does not look at them
             if not isinstance(archive.content, dict):
                 kind = "a tensor" if isinstance(archive.content, StoredTensor) else type(archive.content).__name__
                 raise CheckpointError(f"{path}: expected a mapping of weights, got {kind}")
@@ -209,7 +209,7 @@ def _open(path: Path) -> Iterator[Archive]:
         raise CheckpointError(f"{path}: expected a checkpoint that can be read, got {error.strerror}") from error
     except MemoryError as error:
         raise CheckpointError(f"{path}: expected a checkpoint that fits the memory, got {_size(path)}") from error
-    except (ValueError, zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error) as error:
+    except (ArchiveError, PickleError, *DAMAGE) as error:
         raise CheckpointError(
             f"{path}: expected tensors written by torch.save, got a damaged file or other content: {str(error)[:200]}"
         ) from error
@@ -217,23 +217,3 @@ def _open(path: Path) -> Iterator[Archive]:
 
 def _size(path: Path) -> str:
     return f"{path.stat().st_size} bytes" if path.exists() else "more"
-
-
-def _find_tensors(value: Any, found: dict[int, StoredTensor]) -> None:
-    """Collect the tensors within containers, which `read_pickle` has found to be of bounded depth and number."""
-    if isinstance(value, StoredTensor):
-        found[id(value)] = value
-    elif isinstance(value, dict | list | tuple):
-        for inner in value.values() if isinstance(value, dict) else value:
-            _find_tensors(inner, found)
-
-
-def _with_tensors(value: Any, read: Mapping[int, Tensor]) -> Any:
-    """Copy containers, with what was read in place of the descriptions."""
-    if isinstance(value, StoredTensor):
-        return read[id(value)]
-    if isinstance(value, dict):
-        return {key: _with_tensors(inner, read) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_with_tensors(inner, read) for inner in value)
-    return value

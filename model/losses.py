@@ -51,7 +51,7 @@ class Losses:
 
 def l1(sr: Tensor, hr: Tensor) -> Tensor:
     """Mean of |sr − hr|. Raises ValueError for unequal shapes."""
-    return _Pair(sr, hr).l1()
+    return _Comparison(sr, hr).l1()
 
 
 def charbonnier(sr: Tensor, hr: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def charbonnier(sr: Tensor, hr: Tensor) -> Tensor:
     Source: Lai et al., "Deep Laplacian Pyramid Networks", CVPR 2017, after Charbonnier et al., ICIP 1994.
     Raises ValueError for unequal shapes.
     """
-    return _Pair(sr, hr).charbonnier()
+    return _Comparison(sr, hr).charbonnier()
 
 
 def fft(sr: Tensor, hr: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def fft(sr: Tensor, hr: Tensor) -> Tensor:
 
     Source: ShuffleMixer's published training code. Raises ValueError for unequal shapes.
     """
-    return _Pair(sr, hr).fft()
+    return _Comparison(sr, hr).fft()
 
 
 def fft_amplitude(sr: Tensor, hr: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def fft_amplitude(sr: Tensor, hr: Tensor) -> Tensor:
     Source: Fuoli et al., "Fourier Space Losses for Efficient Perceptual Image Super-Resolution", ICCV 2021, without
     their window and phases. Where an amplitude of `sr` is 0, its gradient is 0. Raises ValueError for unequal shapes.
     """
-    return _Pair(sr, hr).fft_amplitude()
+    return _Comparison(sr, hr).fft_amplitude()
 
 
 def combined(sr: Tensor, hr: Tensor, config: LossConfig) -> Losses:
@@ -85,14 +85,14 @@ def combined(sr: Tensor, hr: Tensor, config: LossConfig) -> Losses:
 
     Raises ValueError for unequal shapes.
     """
-    pair = _Pair(sr, hr)
+    pair = _Comparison(sr, hr)
     weights = {name: weight for name, weight in asdict(config).items() if weight > 0}
     parts: dict[str, Tensor] = {name: getattr(pair, name)() for name in weights}
     total = torch.stack([weight * parts[name] for name, weight in weights.items()]).sum()
     return Losses(total, {name: part.detach() for name, part in parts.items()})
 
 
-class _Pair:
+class _Comparison:
     """Two images with what the losses share of them, each made when first asked for: two transforms at most."""
 
     def __init__(self, sr: Tensor, hr: Tensor) -> None:

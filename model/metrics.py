@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]
-Plane = NDArray[np.float64]
+Channel = NDArray[np.float64]
 
 PEAK = 255.0
 WINDOW = 11  # SSIM's Gaussian window, in pixels
@@ -30,12 +30,12 @@ class Scores:
     ssim_y: float
 
 
-def luma(image: Image) -> Plane:
+def luma(image: Image) -> Channel:
     """Give MATLAB's Y, unrounded: 16 + (65.481 R + 128.553 G + 24.966 B) / 255, float64 in [16, 235].
 
     Source: ITU-R BT.601 as in MATLAB's `rgb2ycbcr`. (OpenCV's YCrCb is another Y, and 1.3 dB lower.)
     """
-    weighted: Plane = image.astype(np.float64) @ np.array([65.481, 128.553, 24.966])
+    weighted: Channel = image.astype(np.float64) @ np.array([65.481, 128.553, 24.966])
     return 16.0 + weighted / 255.0
 
 
@@ -46,7 +46,7 @@ def psnr(first: NDArray[np.generic], second: NDArray[np.generic]) -> float:
     return float("inf") if error == 0 else float(10 * np.log10(PEAK**2 / error))
 
 
-def ssim(first: Plane, second: Plane) -> float:
+def ssim(first: Channel, second: Channel) -> float:
     """Structural similarity of two planes of at least 11 x 11 pixels.
 
     Source: Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment: from error visibility to structural
@@ -62,8 +62,8 @@ def ssim(first: Plane, second: Plane) -> float:
     variance2 = _smooth(second * second) - mean2 * mean2
     covariance = _smooth(first * second) - mean1 * mean2
     luminance = (2 * mean1 * mean2 + c1) / (mean1 * mean1 + mean2 * mean2 + c1)
-    structure = (2 * covariance + c2) / (variance1 + variance2 + c2)
-    return float(np.mean(luminance * structure))
+    contrast_structure = (2 * covariance + c2) / (variance1 + variance2 + c2)
+    return float(np.mean(luminance * contrast_structure))
 
 
 def score(sr: Image, hr: Image, border: int) -> Scores:
@@ -80,15 +80,15 @@ def score(sr: Image, hr: Image, border: int) -> Scores:
         raise ValueError(f"border must be at least 0, got {border}")
     height, width = sr.shape[:2]
     inside = np.s_[border : height - border, border : width - border]
-    if (lack := too_small(height, width, border)) is not None:
-        raise ValueError(lack)
+    if (reason := size_error(height, width, border)) is not None:
+        raise ValueError(reason)
     sr, hr = sr[inside], hr[inside]
     channels = [ssim(sr[..., c].astype(np.float64), hr[..., c].astype(np.float64)) for c in range(3)]
     sr_y, hr_y = luma(sr), luma(hr)
     return Scores(psnr(sr, hr), sum(channels) / 3, psnr(sr_y, hr_y), ssim(sr_y, hr_y))
 
 
-def too_small(height: int, width: int, border: int) -> str | None:
+def size_error(height: int, width: int, border: int) -> str | None:
     """Say why an image of that size cannot be scored inside a border; None if it can be."""
     if min(height, width) - 2 * border >= WINDOW:
         return None
@@ -103,11 +103,11 @@ def mean_scores(scores: Iterable[Scores]) -> Scores:
     return Scores(*(float(value) for value in np.mean(rows, axis=0)))
 
 
-def _smooth(plane: Plane) -> Plane:
+def _smooth(channel: Channel) -> Channel:
     """Filter with SSIM's window and keep the positions where the window lies inside: (H - 10, W - 10)."""
-    kernel = cv2.getGaussianKernel(WINDOW, SIGMA)
+    window = cv2.getGaussianKernel(WINDOW, SIGMA)
     margin = WINDOW // 2
-    smoothed = cv2.sepFilter2D(plane, cv2.CV_64F, kernel, kernel)[margin:-margin, margin:-margin]
+    smoothed = cv2.sepFilter2D(channel, cv2.CV_64F, window, window)[margin:-margin, margin:-margin]
     return np.asarray(smoothed, dtype=np.float64)
 
 

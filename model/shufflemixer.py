@@ -4,7 +4,7 @@ Source: Sun, Pan, Tang, "ShuffleMixer: An Efficient ConvNet for Image Super-Reso
 Parameters carry the published names, the misspelt `upsapling` included, so that weights travel both ways.
 Everything runs channels-last: norm and shuffle then work on views, where NCHW would rearrange the pixels. The modules
 say what is computed, by plain torch operations, and any of them may be replaced by one of the same shapes. On the CPU
-the compiled kernel of `model.cpu.fused` stands in for those that are as they were made: `model.cpu.fusable` decides.
+the compiled kernel of `model.cpu` stands in for those that are as they were made: `model.cpu.eligibility` decides.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import PRESETS, SCALES, ShuffleMixerConfig
-from model.cpu.fusable import Like, Modules, Site, hooked
-from model.cpu.sites import ENLARGE, MIX, PROJECT, SPATIAL, why_plain
-from model.parts import ChannelNorm, PointMlp, concatenate_shuffled, conv_of, norm_of, spatial_of, tail_of, upsampler_of
+from model.cpu.eligibility import KernelPart, Modules
+from model.cpu.kernel_parts import DEPTHWISE, ENLARGE, MIX, PROJECT
+from model.cpu.module_spec import ModuleSpec
+from model.cpu.torch_state import global_hooks
+from model.layers import PointMlp, make_conv, make_depthwise, make_norm, make_tail, make_upsampler
 
 __all__ = [
-    "PRESETS", "SCALES", "ChannelNorm", "FeatureMixingBlock", "PointMlp", "ShuffleMixer", "ShuffleMixerConfig",
-    "ShuffleMixerLayer", "concatenate_shuffled", "why_plain",
+    "PRESETS", "SCALES", "FeatureMixingBlock", "ShuffleMixer", "ShuffleMixerConfig", "ShuffleMixerLayer",
 ]  # fmt: skip
 
 
@@ -35,22 +36,22 @@ class ShuffleMixerLayer(nn.Module):
     def __init__(self, config: ShuffleMixerConfig) -> None:
         super().__init__()
         self.config = config
-        self.norm1 = norm_of(config)
-        self.norm2 = norm_of(config)
-        self.spatial = spatial_of(config)
+        self.norm1 = make_norm(config)
+        self.norm2 = make_norm(config)
+        self.spatial = make_depthwise(config)
         self.mlp1 = PointMlp(config)
         self.mlp2 = PointMlp(config)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """Give a tensor of x's shape, with `skip` added if there is one."""
         x = MIX(self.config, (self.norm1, self.mlp1), x)
-        x = SPATIAL(self.config, (self.spatial,), x)
+        x = DEPTHWISE(self.config, (self.spatial,), x)
         return MIX(self.config, (self.norm2, self.mlp2), x, skip)
 
-    def sites(self) -> list[tuple[Site, ShuffleMixerConfig, Modules]]:
+    def kernel_parts(self) -> list[tuple[KernelPart, ShuffleMixerConfig, Modules]]:
         """What the compiled kernel may compute here, if the modules are as they were made."""
         mixes = [(self.norm1, self.mlp1), (self.norm2, self.mlp2)]
-        return [(SPATIAL, self.config, (self.spatial,)), *((MIX, self.config, modules) for modules in mixes)]
+        return [(DEPTHWISE, self.config, (self.spatial,)), *((MIX, self.config, modules) for modules in mixes)]
 
 
 class FeatureMixingBlock(nn.Module):
@@ -62,7 +63,7 @@ class FeatureMixingBlock(nn.Module):
         self.net = nn.Sequential(ShuffleMixerLayer(config), ShuffleMixerLayer(config))
         self.fused = config.fused
         if self.fused:
-            self.conv = conv_of(config)
+            self.conv = make_conv(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """Give a tensor of x's shape."""
@@ -71,29 +72,29 @@ class FeatureMixingBlock(nn.Module):
 
     def layers(self, x: Tensor) -> Tensor:
         """Give net(x) + x; if the last layer is of ours, it adds x itself, in the same pass over memory."""
-        if torch.compiler.is_compiling() or hooked() or SEQUENTIAL.why_not(self.net, deep=False):
+        if torch.compiler.is_compiling() or global_hooks() or SEQUENTIAL.mismatch(self.net, recursive=False):
             return self.net(x) + x  # type: ignore[no-any-return]
         *others, last = self.net._modules.values() or [None]
-        if last is None or layer_like(self.config).why_not(last, deep=False):
+        if last is None or layer_spec(self.config).mismatch(last, recursive=False):
             return self.net(x) + x  # type: ignore[no-any-return]
         inner = x
         for layer in others:
             inner = layer(inner)  # type: ignore[misc]
         return last(inner, skip=x)  # type: ignore[no-any-return]
 
-    def sites(self) -> list[tuple[Site, ShuffleMixerConfig, Modules]]:
+    def kernel_parts(self) -> list[tuple[KernelPart, ShuffleMixerConfig, Modules]]:
         """What the compiled kernel may compute here, if the modules are as they were made."""
         return [(PROJECT, self.config, (self.conv,))] if self.fused else []
 
 
-SEQUENTIAL = Like.of(nn.Sequential())
+SEQUENTIAL = ModuleSpec.of(nn.Sequential())
 
 
 @cache
-def layer_like(config: ShuffleMixerConfig) -> Like:
+def layer_spec(config: ShuffleMixerConfig) -> ModuleSpec:
     """Describe a layer as it is made."""
     with torch.device("meta"):
-        return Like.of(ShuffleMixerLayer(config))
+        return ModuleSpec.of(ShuffleMixerLayer(config))
 
 
 class ShuffleMixer(nn.Module):
@@ -104,8 +105,8 @@ class ShuffleMixer(nn.Module):
     in the backward pass: the same gradients bit for bit, for less memory and more time.
 
     Any module may be replaced by one of the same shapes, wrapped, hooked or parametrized: what the code says is what
-    runs. On the CPU, float32 passes use a compiled kernel for the parts that are as they were made; `why_plain` says
-    which are not, and `SRSHARDS_KERNELS=0` has all of them run as plain operations.
+    runs. On the CPU, float32 passes use a compiled kernel for the parts that are as they were made; `model.cpu.reasons`
+    says which are not, and `SRSHARDS_KERNELS=0` has all of them run as plain operations.
     """
 
     def __init__(
@@ -116,8 +117,8 @@ class ShuffleMixer(nn.Module):
         self.activation_checkpointing = False
         self.to_feat = nn.Conv2d(3, features, 3, padding=1, bias=False)
         self.blocks = nn.Sequential(*(FeatureMixingBlock(config) for _ in range(blocks)))
-        self.upsapling = upsampler_of(config)
-        self.tail = tail_of(config)
+        self.upsapling = make_upsampler(config)
+        self.tail = make_tail(config)
 
     @classmethod
     def from_config(cls, config: ShuffleMixerConfig) -> ShuffleMixer:
@@ -134,8 +135,9 @@ class ShuffleMixer(nn.Module):
         lr = lr.contiguous(memory_format=torch.channels_last)
         x = self.to_feat(lr)
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            hidden = hooked() or SEQUENTIAL.why_not(self.blocks, deep=False)  # one by one, hooks would not be called
-            for block in [self.blocks] if hidden else self.blocks:
+            # Called block by block, hooks on the sequence itself would not run.
+            whole = global_hooks() or SEQUENTIAL.mismatch(self.blocks, recursive=False)
+            for block in [self.blocks] if whole else self.blocks:
                 x = checkpoint(block, x, use_reentrant=False)  # generators' states are kept: for dropout, if there is
         else:
             x = self.blocks(x)
@@ -146,7 +148,7 @@ class ShuffleMixer(nn.Module):
         """Features (N, C, H, W) to RGB (N, 3, H·scale, W·scale)."""
         return ENLARGE(self.config, (self.upsapling, self.tail), x)
 
-    def sites(self) -> list[tuple[Site, ShuffleMixerConfig, Modules]]:
+    def kernel_parts(self) -> list[tuple[KernelPart, ShuffleMixerConfig, Modules]]:
         """What the compiled kernel may compute here, if the modules are as they were made."""
         return [(ENLARGE, self.config, (self.upsapling, self.tail))]
 

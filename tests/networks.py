@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.cpu import fused
+from model.cpu import mixing_kernel, operations
 from model.shufflemixer import ShuffleMixer
 
 
@@ -27,28 +27,28 @@ def small_network(**changes: Any) -> ShuffleMixer:
 @contextmanager
 def kernel_off() -> Iterator[None]:
     """Have everything run by plain operations."""
-    kernel, fused.kernel = fused.kernel, None
+    extension, mixing_kernel.extension = mixing_kernel.extension, None
     try:
         yield
     finally:
-        fused.kernel = kernel
+        mixing_kernel.extension = extension
 
 
 @contextmanager
 def counted() -> Iterator[list[str]]:
     """Collect the names of the fused operations that run forward."""
     names: list[str] = []
-    apply = fused.apply
+    apply = operations.apply
 
     def noted(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
         names.append(function.__name__)
         return apply(function, *arguments)
 
-    fused.apply = noted
+    operations.apply = noted
     try:
         yield names
     finally:
-        fused.apply = apply
+        operations.apply = apply
 
 
 def step(network: nn.Module, lr: Tensor) -> list[Tensor | None]:

@@ -1,1 +1,1 @@
-"""The fused CPU operations of the network: the compiled kernel, its fallback, and where it may stand in."""
+"""The network on the CPU: parts of it computed by the compiled mixing kernel, and the fallback without it."""

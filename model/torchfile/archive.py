@@ -11,7 +11,7 @@ import io
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loader.errors import ShardsError
 from loader.system.safefile import open_named
-from model.torchfile.pickled import MAX_BYTES, Storage, StoredTensor, read_pickle
+from model.torchfile.stored import Storage, StoredTensor
+from model.torchfile.unpickle import MAX_BYTES, read_pickle
 
 MAX_FILE = 1 << 30  # bytes; a run's checkpoint has 16 for each parameter
 LOCAL_HEADER = 30  # bytes before a record's name
@@ -29,7 +31,7 @@ ENCRYPTED = 1
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch before 1.6 began its files so
 
 
-class ArchiveError(ValueError):
+class ArchiveError(ShardsError):
     """A file that `torch.save` did not write, or that was damaged since."""
 
 
@@ -75,7 +77,13 @@ class Archive:
             read.append(storages[tensor.storage].as_strided(tensor.shape, tensor.stride, tensor.offset))
         return read
 
-    def check_sums(self) -> None:
+    def read_content(self) -> Any:
+        """Return `content` with every StoredTensor replaced by its tensor; raises as `read_all` does."""
+        stored: dict[int, StoredTensor] = {}
+        _collect_tensors(self.content, stored)
+        return _with_tensors(self.content, dict(zip(stored, self.read_all(stored.values()), strict=True)))
+
+    def verify_checksums(self) -> None:
         """Compare all records with their checksums, a little at a time; ArchiveError for one that does not fit."""
         for name in self._records:
             for _ in self._chunks(name):
@@ -119,7 +127,7 @@ class Archive:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Archive]:
+def open_archive(path: Path) -> Iterator[Archive]:
     """Open a file of `torch.save`, a link to one too.
 
     Raises:
@@ -153,3 +161,23 @@ def _records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     if len(records) != len(infos):
         raise ArchiveError("expected records of different names, got one twice")
     return records
+
+
+def _collect_tensors(value: Any, found: dict[int, StoredTensor]) -> None:
+    """Collect the tensors within containers, which `read_pickle` has found to be of bounded depth and number."""
+    if isinstance(value, StoredTensor):
+        found[id(value)] = value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _collect_tensors(inner, found)
+
+
+def _with_tensors(value: Any, read: Mapping[int, Tensor]) -> Any:
+    """Copy containers, with what was read in place of the descriptions."""
+    if isinstance(value, StoredTensor):
+        return read[id(value)]
+    if isinstance(value, dict):
+        return {key: _with_tensors(inner, read) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_tensors(inner, read) for inner in value)
+    return value

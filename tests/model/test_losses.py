@@ -107,7 +107,7 @@ def test_a_weight_of_zero_leaves_a_loss_out(name: str, monkeypatch: pytest.Monke
         raise AssertionError("computed, though its weight is 0")
 
     for other in set(NAMES) - {name}:
-        monkeypatch.setattr(losses._Pair, other, refuse)
+        monkeypatch.setattr(losses._Comparison, other, refuse)
     result = combined(sr, hr, LossConfig(**NONE | {name: 1}))
     assert list(result.parts) == [name]
     assert result.total.item() == result.parts[name].item() == loss_function(name)(sr, hr).item()

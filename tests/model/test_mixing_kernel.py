@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from model.cpu import fused
+from model.cpu import mixing_kernel
 
-pytestmark = pytest.mark.skipif(fused.kernel is None, reason="the kernel is not built, or not for this processor")
+pytestmark = pytest.mark.skipif(
+    mixing_kernel.extension is None, reason="the kernel is not built, or not for this processor"
+)
 
 Call = dict[str, Any]  # the arguments of a call, in order
 ERRORS = (ValueError, TypeError, BufferError, OverflowError, MemoryError)
@@ -114,7 +116,7 @@ every_call = pytest.mark.parametrize(("function", "make"), CALLS.values(), ids=C
 
 
 def call(function: str, arguments: Call) -> None:
-    assert getattr(fused.kernel, function)(*arguments.values()) is None
+    assert getattr(mixing_kernel.extension, function)(*arguments.values()) is None
 
 
 @every_call
@@ -251,16 +253,16 @@ def test_all_right_sizes_stay_within_their_arrays(
 def test_without_start_nothing_runs() -> None:
     try:
         for library in ("/nowhere/libtorch_cpu.so", b"\xff.so"):
-            assert fused.kernel.start(library, 16) == 0
+            assert mixing_kernel.extension.start(library, 16) == 0
             with pytest.raises(RuntimeError, match="start"):
                 call("mix", mix())
-        assert fused.start(0) is None
+        assert mixing_kernel.start(0) is None
     finally:
-        assert fused.start() is not None
+        assert mixing_kernel.start() is not None
 
 
 @pytest.mark.parametrize("arguments", [(), (0, 16), (None, 16), ("libtorch_cpu.so",), ("a\0b", 16), ("a", 2**40)])
 def test_start_takes_no_nonsense(arguments: tuple[Any, ...]) -> None:
     with pytest.raises((TypeError, ValueError, OverflowError)):
-        fused.kernel.start(*arguments)
-    assert fused.start() is not None
+        mixing_kernel.extension.start(*arguments)
+    assert mixing_kernel.start() is not None

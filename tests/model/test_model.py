@@ -14,14 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.layers import concatenate_shuffled
 from model.losses import LossConfig, combined
-from model.shufflemixer import (
-    PRESETS,
-    ShuffleMixer,
-    ShuffleMixerConfig,
-    ShuffleMixerLayer,
-    concatenate_shuffled,
-)
+from model.shufflemixer import PRESETS, ShuffleMixer, ShuffleMixerConfig, ShuffleMixerLayer
 
 NETWORKS = [(name, scale) for name in ("tiny", "base") for scale in (2, 3, 4)]
 PARAMETERS = {

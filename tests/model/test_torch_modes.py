@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ShuffleMixerConfig
-from model.cpu import fusable, fused, sites
+from model.cpu import eligibility, kernel_parts, mixing_kernel
 from model.shufflemixer import ShuffleMixer
 
 pytestmark = [
-    pytest.mark.skipif(fused.kernel is None, reason="the kernel is not built, or not for this processor"),
+    pytest.mark.skipif(mixing_kernel.extension is None, reason="the kernel is not built, or not for this processor"),
     pytest.mark.usefixtures("one_thread"),
 ]
 
@@ -284,8 +284,8 @@ def test_compiled_and_traced_networks() -> None:
 
 def test_saved_tensors_hooks_and_the_generator_are_left_alone() -> None:
     """What the first use finds out about the code shows nowhere."""
-    fusable._unknown.cache_clear()
-    fusable._likes.cache_clear()
+    eligibility._unknown.cache_clear()
+    eligibility._specs.cache_clear()
     network = small_network()
     network.activation_checkpointing = True
     torch.manual_seed(9)
@@ -308,20 +308,20 @@ def test_edited_code_is_found_out() -> None:
     """As if someone had changed a line of a module in its file: the kernel does not know of it, but is compared."""
 
     def edited(**changes: Any) -> str:
-        site = replace(sites.MIX, **changes)
-        modules = site.build(CONFIG)
-        return site.why_not(CONFIG, modules)
+        part = replace(kernel_parts.MIX, **changes)
+        modules = part.build(CONFIG)
+        return part.why_not(CONFIG, modules)
 
     def with_fc(make: Callable[[], nn.Module]) -> Callable[[ShuffleMixerConfig], tuple[nn.Module, ...]]:
         def build(config: ShuffleMixerConfig) -> tuple[nn.Module, ...]:
-            norm, mlp = sites.MIX.build(config)
+            norm, mlp = kernel_parts.MIX.build(config)
             mlp.get_submodule("fc")._modules["1"] = make()
             return norm, mlp
 
         return build
 
     def with_eps(config: ShuffleMixerConfig) -> tuple[nn.Module, ...]:
-        norm, mlp = sites.MIX.build(config)
+        norm, mlp = kernel_parts.MIX.build(config)
         norm.get_submodule("body").eps = 1.1e-5  # type: ignore[assignment]
         return norm, mlp
 
@@ -329,13 +329,13 @@ def test_edited_code_is_found_out() -> None:
     assert edited(build=with_fc(nn.SiLU)) == ""
     for build in (with_fc(nn.GELU), with_fc(nn.Identity), with_fc(lambda: nn.Dropout(0.1)), with_eps):
         assert "was edited" in edited(build=build)
-    for plain in (
-        lambda modules, x, skip: sites.mixed(modules, x, skip) - x,
-        lambda modules, x, skip: sites.mixed(modules, x, skip) * 1.0001,
-        lambda modules, x, skip: sites.mixed(modules, x.detach(), skip),
-        lambda modules, x, skip: sites.mixed(modules, x, None),
+    for by_modules in (
+        lambda modules, x, skip: kernel_parts.mix_by_modules(modules, x, skip) - x,
+        lambda modules, x, skip: kernel_parts.mix_by_modules(modules, x, skip) * 1.0001,
+        lambda modules, x, skip: kernel_parts.mix_by_modules(modules, x.detach(), skip),
+        lambda modules, x, skip: kernel_parts.mix_by_modules(modules, x, None),
     ):
-        assert "was edited" in edited(plain=plain)
+        assert "was edited" in edited(by_modules=by_modules)
 
 
 configurations = st.fixed_dictionaries(

@@ -12,11 +12,12 @@ from networks import compare, counted, kernel_off, small_network, step
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from model.cpu import fused
-from model.shufflemixer import ChannelNorm, FeatureMixingBlock, PointMlp, ShuffleMixer, ShuffleMixerLayer
+from model.cpu import mixing_kernel
+from model.layers import ChannelNorm, PointMlp
+from model.shufflemixer import FeatureMixingBlock, ShuffleMixer, ShuffleMixerLayer
 
 pytestmark = [
-    pytest.mark.skipif(fused.kernel is None, reason="the kernel is not built, or not for this processor"),
+    pytest.mark.skipif(mixing_kernel.extension is None, reason="the kernel is not built, or not for this processor"),
     pytest.mark.usefixtures("one_thread"),
 ]
 
@@ -313,9 +314,9 @@ def test_layers_work_alone_and_in_any_memory_format() -> None:
 
 
 def test_too_many_features_are_not_for_the_kernel() -> None:
-    assert not fused.why_not(torch.empty(1, fused.MOST_CHANNELS, 1, 1))
-    assert "multiples of 32 up to 2048" in fused.why_not(torch.empty(1, fused.MOST_CHANNELS + 32, 1, 1))
-    assert fused.kernel.MOST_CHANNELS == fused.MOST_CHANNELS
+    assert not mixing_kernel.why_not(torch.empty(1, mixing_kernel.MAX_CHANNELS, 1, 1))
+    assert "multiples of 32 up to 2048" in mixing_kernel.why_not(torch.empty(1, mixing_kernel.MAX_CHANNELS + 32, 1, 1))
+    assert mixing_kernel.extension.MOST_CHANNELS == mixing_kernel.MAX_CHANNELS
 
 
 @pytest.mark.parametrize("active", [False, True])

@@ -11,18 +11,21 @@ from networks import kernel_off, small_network
 from torch import nn
 from trainings import command, finish, start
 
-from model.cpu import fused
-from model.shufflemixer import FeatureMixingBlock, ShuffleMixer, ShuffleMixerLayer, why_plain
+from model.cpu import mixing_kernel
+from model.cpu.reasons import fallback_reasons
+from model.shufflemixer import FeatureMixingBlock, ShuffleMixer, ShuffleMixerLayer
 
-needs_kernel = pytest.mark.skipif(fused.kernel is None, reason="the kernel is not built, or not for this processor")
+needs_kernel = pytest.mark.skipif(
+    mixing_kernel.extension is None, reason="the kernel is not built, or not for this processor"
+)
 
 
 @needs_kernel
 def test_networks_as_made_have_no_reason() -> None:
     for name in ("tiny", "base"):
         for scale in (2, 3, 4):
-            assert why_plain(ShuffleMixer.preset(name, scale)) == []
-    assert why_plain(small_network().to("meta")) == []
+            assert fallback_reasons(ShuffleMixer.preset(name, scale)) == []
+    assert fallback_reasons(small_network().to("meta")) == []
 
 
 @needs_kernel
@@ -35,17 +38,17 @@ def test_networks_as_made_have_no_reason() -> None:
     ],
 )
 def test_reasons_for_the_whole_network(arguments: tuple[Any, ...], reason: str) -> None:
-    (line,) = why_plain(small_network(), *arguments)
+    (line,) = fallback_reasons(small_network(), *arguments)
     assert line.startswith("the network runs by torch's plain operations: ")
     assert line.endswith(reason)
 
 
 def test_a_missing_kernel_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with kernel_off():
-        monkeypatch.setattr(fused, "compiled", lambda name: None)
-        assert "the compiled kernel model.cpu._mixing is not built" in why_plain(small_network())[0]
+        monkeypatch.setattr(mixing_kernel, "compiled", lambda name: None)
+        assert "the compiled kernel model.cpu._mixing is not built" in fallback_reasons(small_network())[0]
         monkeypatch.setenv("SRSHARDS_KERNELS", "0")
-        assert "SRSHARDS_KERNELS=0 switches the compiled kernel off" in why_plain(small_network())[0]
+        assert "SRSHARDS_KERNELS=0 switches the compiled kernel off" in fallback_reasons(small_network())[0]
 
 
 def test_a_kernel_built_from_another_source_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,11 +58,11 @@ def test_a_kernel_built_from_another_source_is_not_used(monkeypatch: pytest.Monk
         def start(self, address: int, lanes: int) -> int:
             return lanes + address % 2
 
-    monkeypatch.setattr(fused, "compiled", lambda name: Old())
-    monkeypatch.setattr(fused, "kernel", fused.start())
+    monkeypatch.setattr(mixing_kernel, "compiled", lambda name: Old())
+    monkeypatch.setattr(mixing_kernel, "extension", mixing_kernel.start())
     monkeypatch.delenv("SRSHARDS_KERNELS", raising=False)
-    assert fused.kernel is None
-    assert "to be built from this source" in fused.missing()
+    assert mixing_kernel.extension is None
+    assert "to be built from this source" in mixing_kernel.why_missing()
 
 
 @needs_kernel
@@ -72,7 +75,7 @@ def test_reasons_for_parts() -> None:
         layer.mlp2.fc[1] = nn.GELU()
     network.tail.padding_mode = "reflect"
     network.get_submodule("blocks.0.net.0.spatial").register_forward_hook(lambda module, inputs, output: None)
-    assert sorted(why_plain(network)) == [
+    assert sorted(fallback_reasons(network)) == [
         "runs by torch's plain operations: blocks.0.net.0, depth-wise convolution (spatial: has forward hooks)",
         "runs by torch's plain operations: blocks.0.net.1, mix and 1 more (mlp.fc.1: expected SiLU, got GELU)",
         "runs by torch's plain operations: upsampler (tail: expected padding_mode 'zeros', got 'reflect')",
@@ -81,12 +84,12 @@ def test_reasons_for_parts() -> None:
 
 @needs_kernel
 def test_reasons_for_configurations() -> None:
-    lines = why_plain(ShuffleMixer(32, 9, blocks=1, scale=2, norm=False))
+    lines = fallback_reasons(ShuffleMixer(32, 9, blocks=1, scale=2, norm=False))
     assert sorted(line.partition("operations: ")[2] for line in lines) == [
         "blocks.0.net.0, depth-wise convolution and 1 more (a kernel of 9 × 9, not of (3, 5, 7))",
         "blocks.0.net.0, mix and 3 more (without norm, which the compiled kernel has)",
     ]
-    (line,) = {line.partition("(")[2] for line in why_plain(ShuffleMixer(40, 3, blocks=1, scale=2))}
+    (line,) = {line.partition("(")[2] for line in fallback_reasons(ShuffleMixer(40, 3, blocks=1, scale=2))}
     assert line == "40 features; the compiled kernel takes multiples of 32 up to 2048)"
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.cpu import fused
+from model.cpu import mixing_kernel, operations
 from model.shufflemixer import ShuffleMixer
 
-pytestmark = pytest.mark.skipif(fused.kernel is None, reason="the kernel is not built, or not for this processor")
+pytestmark = pytest.mark.skipif(
+    mixing_kernel.extension is None, reason="the kernel is not built, or not for this processor"
+)
 
 SHAPES: list[tuple[dict[str, Any], tuple[int, int, int]]] = [
     ({"features": 32, "kernel_size": 3, "scale": 2}, (2, 7, 11)),
@@ -58,10 +60,10 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(params=[16, 8])
 def lanes(request: pytest.FixtureRequest) -> Iterator[None]:
     """The kernel for processors with vectors of so many floats."""
-    if fused.start(request.param) is None:
+    if mixing_kernel.start(request.param) is None:
         pytest.skip("this processor has no such vectors")
     yield
-    fused.start()
+    mixing_kernel.start()
 
 
 @pytest.mark.usefixtures("lanes")
@@ -77,7 +79,7 @@ def test_values_and_gradients_are_those_of_plain_torch(config: dict[str, Any], s
 def test_the_fused_operations_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     network, lr, slope = example(*SHAPES[0])
     called: list[str] = []
-    for function in (fused.Mix, fused.Project, fused.Enlarge, fused.Depthwise):
+    for function in (operations.Mix, operations.Project, operations.Enlarge, operations.Depthwise):
         backward = function.backward
 
         def counted(*arguments: Any, name: str = function.__name__, backward: Any = backward) -> Any:
@@ -98,19 +100,21 @@ def test_results_do_not_depend_on_threads(one_thread: None) -> None:
     norm = network.get_parameter("blocks.0.net.0.norm1.body.weight")
     mlp = weights("blocks.0.net.0.mlp1.fc.0"), weights("blocks.0.net.0.mlp1.fc.2")
     x, skip = torch.randn(2, 2, 32, 20, 24).unbind()
-    operations: dict[str, Callable[[], Tensor]] = {
-        "mix": lambda: fused.apply(fused.Mix, x, norm, *mlp[0], *mlp[1], skip),
-        "project": lambda: fused.apply(fused.Project, x.repeat(1, 2, 1, 1)[:, :48], *weights("blocks.0.conv.2"), skip),
-        "enlarge": lambda: fused.apply(fused.Enlarge, x, *weights("upsapling.0"), 2, None, None),
-        "to RGB": lambda: fused.apply(fused.Enlarge, x, *weights("upsapling.0"), 2, *weights("tail")),
-        "depthwise": lambda: fused.apply(fused.Depthwise, x, *weights("blocks.0.net.0.spatial")),
+    calls: dict[str, Callable[[], Tensor]] = {
+        "mix": lambda: operations.apply(operations.Mix, x, norm, *mlp[0], *mlp[1], skip),
+        "project": lambda: operations.apply(
+            operations.Project, x.repeat(1, 2, 1, 1)[:, :48], *weights("blocks.0.conv.2"), skip
+        ),
+        "enlarge": lambda: operations.apply(operations.Enlarge, x, *weights("upsapling.0"), 2, None, None),
+        "to RGB": lambda: operations.apply(operations.Enlarge, x, *weights("upsapling.0"), 2, *weights("tail")),
+        "depthwise": lambda: operations.apply(operations.Depthwise, x, *weights("blocks.0.net.0.spatial")),
     }
-    for name, operation in operations.items():
+    for name, call in calls.items():
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             network.zero_grad()
-            out = operation()
+            out = call()
             torch.autograd.backward(out.sum())
             # The tail's bias is left out: it is torch's own sum, which threads divide.
             gradients = [p.grad for p in network.parameters() if p.grad is not None and p.numel() != 3]
@@ -121,17 +125,17 @@ def test_results_do_not_depend_on_threads(one_thread: None) -> None:
 
 def test_where_they_are_not_to_be_used() -> None:
     x = torch.rand(1, 32, 4, 4)
-    assert fused.usable(x)
-    assert not fused.usable(x.double())
-    assert not fused.usable(x.bfloat16())
-    assert not fused.usable(x.to("meta"))
-    assert not fused.usable(x[:, :16])
-    assert not fused.usable(x[:0])
+    assert mixing_kernel.usable(x)
+    assert not mixing_kernel.usable(x.double())
+    assert not mixing_kernel.usable(x.bfloat16())
+    assert not mixing_kernel.usable(x.to("meta"))
+    assert not mixing_kernel.usable(x[:, :16])
+    assert not mixing_kernel.usable(x[:0])
     with torch.autocast("cpu", torch.bfloat16):
-        assert not fused.usable(x)
+        assert not mixing_kernel.usable(x)
 
     def mapped(image: Tensor) -> Tensor:
-        assert not fused.usable(image[None])
+        assert not mixing_kernel.usable(image[None])
         return image
 
     torch.vmap(mapped)(x)

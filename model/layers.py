@@ -1,7 +1,7 @@
 """The parts of which the network is made, as plain torch operations say them.
 
 Any of them may be replaced by another module of the same shapes: nothing outside looks into them, but for the compiled
-kernel, which `model.cpu.fusable` keeps to what is as it was made here.
+kernel, which `model.cpu.eligibility` keeps to what is as it was made here.
 """
 
 from __future__ import annotations
@@ -69,24 +69,24 @@ def concatenate_shuffled(first: Tensor, second: Tensor) -> Tensor:
     return groups.transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
 
 
-def norm_of(config: ShuffleMixerConfig) -> nn.Module:
+def make_norm(config: ShuffleMixerConfig) -> nn.Module:
     """Make a norm, or what stands where there is none."""
     return ChannelNorm(config.features) if config.norm else nn.Identity()
 
 
-def spatial_of(config: ShuffleMixerConfig) -> nn.Conv2d:
+def make_depthwise(config: ShuffleMixerConfig) -> nn.Conv2d:
     """Make a depth-wise convolution."""
     features, size = config.features, config.kernel_size
     return nn.Conv2d(features, features, size, padding=size // 2, groups=features)
 
 
-def conv_of(config: ShuffleMixerConfig) -> nn.Sequential:
+def make_conv(config: ShuffleMixerConfig) -> nn.Sequential:
     """Make the convolutions after a pair of layers."""
     features, wide = config.features, config.features + EXTRA_FEATURES
     return nn.Sequential(nn.Conv2d(features, wide, 3, padding=1), nn.SiLU(), nn.Conv2d(wide, features, 1))
 
 
-def upsampler_of(config: ShuffleMixerConfig) -> nn.Sequential:
+def make_upsampler(config: ShuffleMixerConfig) -> nn.Sequential:
     """Make what enlarges the features, by 2 twice for ×4."""
     parts: list[nn.Module] = []
     for factor in (2, 2) if config.scale == 4 else (config.scale,):
@@ -94,6 +94,6 @@ def upsampler_of(config: ShuffleMixerConfig) -> nn.Sequential:
     return nn.Sequential(*parts)
 
 
-def tail_of(config: ShuffleMixerConfig) -> nn.Conv2d:
+def make_tail(config: ShuffleMixerConfig) -> nn.Conv2d:
     """Make the convolution to RGB."""
     return nn.Conv2d(config.features, 3, 3, padding=1)

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+from loader.errors import ShardsError
+from model.torchfile.stored import Storage, StoredTensor
+
 MAX_BYTES = 4 << 20  # of one pickle; a tensor takes about 150
 MAX_DIMENSIONS = 8
 MAX_DEPTH = 16
@@ -51,45 +54,8 @@ OPCODES = {
 }
 
 
-class PickleError(ValueError):
-    """A pickle that holds something else than containers, numbers, strings and tensors."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Values in a row: the record that holds them, and how many of which type."""
-
-    key: str
-    dtype: torch.dtype
-    elements: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the record."""
-        return self.elements * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that has not been read: its values, `offset` and `stride` count elements, lie within its storage.
-
-    It has no more elements than its storage, so none is an expansion of a few bytes.
-    """
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of its values."""
-        return self.storage.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of a copy of its own."""
-        return math.prod(self.shape) * self.dtype.itemsize
+class PickleError(ShardsError):
+    """A pickle that is damaged, or holds more than containers, numbers, strings and tensors."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +73,6 @@ def read_pickle(data: bytes) -> Any:
         raise PickleError(f"expected a pickle of at most {MAX_BYTES} bytes, got {len(data)}")
     try:
         content = _Machine().run(data)
-    except PickleError:
-        raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise PickleError(f"a damaged pickle ({type(error).__name__})") from error
     _check_extent(content)

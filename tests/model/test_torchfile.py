@@ -22,7 +22,8 @@ from helpers import ROOT
 from model.checkpoints import CheckpointError, infer_config, load_checkpoint, read_raw
 from model.shufflemixer import ShuffleMixer
 from model.torchfile import archive
-from model.torchfile.pickled import PickleError, StoredTensor, read_pickle
+from model.torchfile.stored import StoredTensor
+from model.torchfile.unpickle import PickleError, read_pickle
 
 
 def weights() -> dict[str, Any]:
