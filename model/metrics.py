@@ -1,6 +1,6 @@
-"""PSNR and SSIM as super-resolution papers report them: on RGB and on MATLAB's Y, after cropping a border.
+"""PSNR and SSIM as super-resolution papers report them: on RGB and on MATLAB's Y, without a border.
 
-Images are uint8 arrays (H, W, 3), RGB; planes are float64 (H, W) with values in [0, 255].
+Images are uint8 RGB arrays (H, W, 3); channels are float64 arrays (H, W) with values in [0, 255].
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIGMA = 1.5
 
 @dataclass(frozen=True)
 class Scores:
-    """The quality of one image, or the mean over several: PSNR in dB, SSIM at most 1."""
+    """Scores of one image, or means over several: PSNR in dB, SSIM at most 1."""
 
     psnr_rgb: float
     ssim_rgb: float
@@ -31,27 +31,27 @@ class Scores:
 
 
 def luma(image: Image) -> Channel:
-    """Give MATLAB's Y, unrounded: 16 + (65.481 R + 128.553 G + 24.966 B) / 255, float64 in [16, 235].
+    """Return MATLAB's Y, unrounded: 16 + (65.481 R + 128.553 G + 24.966 B) / 255, float64 (H, W) in [16, 235].
 
-    Source: ITU-R BT.601 as in MATLAB's `rgb2ycbcr`. (OpenCV's YCrCb is another Y, and 1.3 dB lower.)
+    Source: ITU-R BT.601 as in MATLAB's `rgb2ycbcr`. (OpenCV's YCrCb has another Y; its PSNR is 1.3 dB lower.)
     """
     weighted: Channel = image.astype(np.float64) @ np.array([65.481, 128.553, 24.966])
     return 16.0 + weighted / 255.0
 
 
 def psnr(first: NDArray[np.generic], second: NDArray[np.generic]) -> float:
-    """Peak signal-to-noise ratio in dB, 10 log10(255² / MSE), over all values; inf for equal images, NaN for NaN."""
+    """Return the PSNR over all values, 10 log10(255² / MSE) in dB: inf for equal images, NaN if a value is NaN."""
     _check_same_shape(first, second)
     error = np.mean(np.square(first.astype(np.float64) - second.astype(np.float64)))
     return float("inf") if error == 0 else float(10 * np.log10(PEAK**2 / error))
 
 
 def ssim(first: Channel, second: Channel) -> float:
-    """Structural similarity of two planes of at least 11 x 11 pixels.
+    """Return the structural similarity of two channels.
 
     Source: Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment: from error visibility to structural
-    similarity", 2004: Gaussian window 11 x 11, sigma 1.5, K1 = 0.01, K2 = 0.03, averaged over the window
-    positions that lie wholly inside. Raises ValueError for unequal or too small planes.
+    similarity", 2004: Gaussian window of 11 x 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03, averaged over the window
+    positions that lie wholly inside. Raises ValueError for unequal shapes or fewer than 11 x 11 pixels.
     """
     _check_same_shape(first, second)
     if min(first.shape) < WINDOW:
@@ -67,10 +67,10 @@ def ssim(first: Channel, second: Channel) -> float:
 
 
 def score(sr: Image, hr: Image, border: int) -> Scores:
-    """Compare a result with the true image, leaving out `border` pixels along every edge.
+    """Score a network's output against the HR image, ignoring `border` pixels along every edge.
 
-    RGB's PSNR is over all values, its SSIM the mean over the channels. Raises ValueError for arrays that are
-    not uint8 (H, W, 3) of one shape, a negative border, or fewer than 11 x 11 pixels left.
+    PSNR of RGB is over all values, SSIM of RGB the mean over the channels. Raises ValueError for arrays that are
+    not uint8 (H, W, 3) of equal shape, a negative border, or fewer than 11 x 11 pixels inside it.
     """
     for image in (sr, hr):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -89,14 +89,14 @@ def score(sr: Image, hr: Image, border: int) -> Scores:
 
 
 def size_error(height: int, width: int, border: int) -> str | None:
-    """Say why an image of that size cannot be scored inside a border; None if it can be."""
+    """Return why an image of that size cannot be scored inside the border; None if it can."""
     if min(height, width) - 2 * border >= WINDOW:
         return None
     return f"SSIM needs {WINDOW} x {WINDOW} pixels inside a border of {border}, got {height} x {width}"
 
 
 def mean_scores(scores: Iterable[Scores]) -> Scores:
-    """Average each score over the images; ValueError if there are none."""
+    """Return the mean of each score over images; ValueError if there are none."""
     rows = [astuple(one) for one in scores]
     if not rows:
         raise ValueError("expected the scores of at least one image, got none")
@@ -104,7 +104,7 @@ def mean_scores(scores: Iterable[Scores]) -> Scores:
 
 
 def _smooth(channel: Channel) -> Channel:
-    """Filter with SSIM's window and keep the positions where the window lies inside: (H - 10, W - 10)."""
+    """Filter with SSIM's window, keeping only positions where the window lies wholly inside: (H - 10, W - 10)."""
     window = cv2.getGaussianKernel(WINDOW, SIGMA)
     margin = WINDOW // 2
     smoothed = cv2.sepFilter2D(channel, cv2.CV_64F, window, window)[margin:-margin, margin:-margin]

@@ -1,10 +1,10 @@
 """ShuffleMixer, the published super-resolution network.
 
 Source: Sun, Pan, Tang, "ShuffleMixer: An Efficient ConvNet for Image Super-Resolution", NeurIPS 2022.
-Parameters carry the published names, the misspelt `upsapling` included, so that weights travel both ways.
-Everything runs channels-last: norm and shuffle then work on views, where NCHW would rearrange the pixels. The modules
-say what is computed, by plain torch operations, and any of them may be replaced by one of the same shapes. On the CPU
-the compiled kernel of `model.cpu` stands in for those that are as they were made: `model.cpu.eligibility` decides.
+Parameters have the published names, including the misspelt `upsapling`, so published weights load and ours load
+elsewhere. Memory is channels-last throughout: norm and shuffle are then views, where NCHW would move pixels. The
+modules define what is computed, in plain torch operations, and any of them may be replaced by one of the same shapes.
+On the CPU the compiled mixing kernel replaces those that are unedited; `model.cpu.eligibility` decides.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class ShuffleMixerLayer(nn.Module):
-    """Norm and MLP, depth-wise convolution, norm and MLP; the MLPs with skips."""
+    """Norm and MLP with a skip, depth-wise convolution, norm and MLP with a skip."""
 
     def __init__(self, config: ShuffleMixerConfig) -> None:
         super().__init__()
@@ -43,19 +43,19 @@ class ShuffleMixerLayer(nn.Module):
         self.mlp2 = PointMlp(config)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Give a tensor of x's shape, with `skip` added if there is one."""
+        """Return a tensor of the shape of `x`, with `skip` added if given."""
         x = MIX(self.config, (self.norm1, self.mlp1), x)
         x = DEPTHWISE(self.config, (self.spatial,), x)
         return MIX(self.config, (self.norm2, self.mlp2), x, skip)
 
     def kernel_parts(self) -> list[tuple[KernelPart, ShuffleMixerConfig, Modules]]:
-        """What the compiled kernel may compute here, if the modules are as they were made."""
+        """Return the parts that the compiled kernel can compute, if their modules are eligible."""
         mixes = [(self.norm1, self.mlp1), (self.norm2, self.mlp2)]
         return [(DEPTHWISE, self.config, (self.spatial,)), *((MIX, self.config, modules) for modules in mixes)]
 
 
 class FeatureMixingBlock(nn.Module):
-    """Two shuffle-mixer layers, then a fused 3x3 and 1x1 convolution; a skip around each part."""
+    """Two shuffle-mixer layers with a skip, then a 3x3 and a 1x1 convolution with a skip."""
 
     def __init__(self, config: ShuffleMixerConfig) -> None:
         super().__init__()
@@ -66,12 +66,12 @@ class FeatureMixingBlock(nn.Module):
             self.conv = make_conv(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give a tensor of x's shape."""
+        """Return a tensor of the shape of `x`."""
         x = self.layers(x)
         return PROJECT(self.config, (self.conv,), x) if self.fused else x
 
     def layers(self, x: Tensor) -> Tensor:
-        """Give net(x) + x; if the last layer is of ours, it adds x itself, in the same pass over memory."""
+        """Return net(x) + x; an unedited last layer adds `x` itself, in the same pass over memory."""
         if torch.compiler.is_compiling() or global_hooks() or SEQUENTIAL.mismatch(self.net, recursive=False):
             return self.net(x) + x  # type: ignore[no-any-return]
         *others, last = self.net._modules.values() or [None]
@@ -83,7 +83,7 @@ class FeatureMixingBlock(nn.Module):
         return last(inner, skip=x)  # type: ignore[no-any-return]
 
     def kernel_parts(self) -> list[tuple[KernelPart, ShuffleMixerConfig, Modules]]:
-        """What the compiled kernel may compute here, if the modules are as they were made."""
+        """Return the parts that the compiled kernel can compute, if their modules are eligible."""
         return [(PROJECT, self.config, (self.conv,))] if self.fused else []
 
 
@@ -92,21 +92,21 @@ SEQUENTIAL = ModuleSpec.of(nn.Sequential())
 
 @cache
 def layer_spec(config: ShuffleMixerConfig) -> ModuleSpec:
-    """Describe a layer as it is made."""
+    """Return the description of a layer fresh from its constructor."""
     with torch.device("meta"):
         return ModuleSpec.of(ShuffleMixerLayer(config))
 
 
 class ShuffleMixer(nn.Module):
-    """The network: LR RGB in [0, 1], float (N, 3, H, W), to HR RGB, float (N, 3, H·scale, W·scale).
+    """The network, from LR RGB in [0, 1], float (N, 3, H, W), to HR RGB, float (N, 3, H·scale, W·scale), not clamped.
 
-    The output is not clamped. `config` holds the shape, given here as the fields of `ShuffleMixerConfig`.
-    `activation_checkpointing`, set to True, has training keep each block's input only, and compute the block again
-    in the backward pass: the same gradients bit for bit, for less memory and more time.
+    The constructor takes the fields of `ShuffleMixerConfig`. With `activation_checkpointing` set to True, training
+    saves only the input of each block and computes the block again in the backward pass: bit-identical gradients with
+    less memory and more time.
 
-    Any module may be replaced by one of the same shapes, wrapped, hooked or parametrized: what the code says is what
-    runs. On the CPU, float32 passes use a compiled kernel for the parts that are as they were made; `model.cpu.reasons`
-    says which are not, and `SRSHARDS_KERNELS=0` has all of them run as plain operations.
+    Any module may be replaced by one of the same shapes, wrapped, hooked or parametrized; the edited code is what runs.
+    On the CPU, float32 passes use the compiled kernel for unedited parts. `model.cpu.reasons.fallback_reasons` lists
+    the others, and `SRSHARDS_KERNELS=0` switches the kernel off.
     """
 
     def __init__(
@@ -122,46 +122,46 @@ class ShuffleMixer(nn.Module):
 
     @classmethod
     def from_config(cls, config: ShuffleMixerConfig) -> ShuffleMixer:
-        """Build the network that `config` describes, with random weights."""
+        """Return a network of that configuration with random weights."""
         return cls(**dataclasses.asdict(config))
 
     @classmethod
     def preset(cls, name: str, scale: int, **changes: Any) -> ShuffleMixer:
-        """Build the network that `ShuffleMixerConfig.preset` gives, with random weights."""
+        """Return a network of `ShuffleMixerConfig.preset(name, scale, **changes)` with random weights."""
         return cls.from_config(ShuffleMixerConfig.preset(name, scale, **changes))
 
     def forward(self, lr: Tensor) -> Tensor:
-        """Enlarge `lr`; shapes as in the class's description."""
+        """Enlarge `lr`; shapes as documented for the class."""
         lr = lr.contiguous(memory_format=torch.channels_last)
         x = self.to_feat(lr)
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             # Called block by block, hooks on the sequence itself would not run.
             whole = global_hooks() or SEQUENTIAL.mismatch(self.blocks, recursive=False)
             for block in [self.blocks] if whole else self.blocks:
-                x = checkpoint(block, x, use_reentrant=False)  # generators' states are kept: for dropout, if there is
+                x = checkpoint(block, x, use_reentrant=False)  # keeps the random state, for dropout in edited blocks
         else:
             x = self.blocks(x)
         enlarged = F.interpolate(lr, scale_factor=self.config.scale, mode="bilinear", align_corners=False)
         return self.upsample(x) + enlarged
 
     def upsample(self, x: Tensor) -> Tensor:
-        """Features (N, C, H, W) to RGB (N, 3, H·scale, W·scale)."""
+        """Turn features (N, C, H, W) into RGB (N, 3, H·scale, W·scale)."""
         return ENLARGE(self.config, (self.upsapling, self.tail), x)
 
     def kernel_parts(self) -> list[tuple[KernelPart, ShuffleMixerConfig, Modules]]:
-        """What the compiled kernel may compute here, if the modules are as they were made."""
+        """Return the parts that the compiled kernel can compute, if their modules are eligible."""
         return [(ENLARGE, self.config, (self.upsapling, self.tail))]
 
     def parameter_count(self) -> int:
-        """Count the trainable numbers."""
+        """Return the number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def multiply_accumulates(self, height: int = 720, width: int = 1280) -> int:
-        """Count the multiply-accumulates that make one HR image of `height` x `width` pixels, the LR size rounded up.
+        """Return the multiply-accumulates for one HR image of `height` x `width` pixels, the LR size rounded up.
 
-        Counted as the paper's table is: convolutions (and matrix products) without their biases, and 4 for each value
-        that the bilinear enlargement makes; norms and activations count nothing. Whatever the modules now are, the
-        operations are counted in a forward pass on the meta device, which computes no values.
+        Counted as in the paper: convolutions and matrix products without biases, and 4 for each value of the bilinear
+        interpolation; norms and activations are free. A forward pass on the meta device counts the operations of the
+        modules as they are, edited or not.
         """
         from torch.utils.flop_counter import FlopCounterMode
 
