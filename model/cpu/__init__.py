@@ -1,1 +1,1 @@
-"""The network on the CPU: parts of it computed by the compiled mixing kernel, and the fallback without it."""
+"""The compiled mixing kernel, which computes unedited parts of the network on the CPU, and its fallback."""

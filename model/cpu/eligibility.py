@@ -1,8 +1,8 @@
-"""Where the compiled kernel may compute a part of the network: only where that is exactly what the modules' code says.
+"""Which parts of the network the compiled kernel may compute: those whose modules' code says exactly the same.
 
-Before each use, every module of a part is compared with what its constructor makes: types, attributes, hooks, methods,
-shapes of weights. After any difference the modules run as written. Classes may be edited too; so their code is compared
-once with the kernel's operations, in float64 on random weights.
+Before each use, every module of a part is compared with a fresh one: types, attributes, hooks, methods, shapes of
+weights. If anything differs, the modules run as written. Classes can be edited too, so their code is compared once with
+the kernel's operations, in float64 on random weights.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from model.cpu.module_spec import ModuleSpec
 from model.cpu.torch_state import TORCH_FUNCTIONS, Snapshot, global_hooks, replaced, snapshot
 
 Modules = tuple[nn.Module, ...]
-Run = Callable[..., Tensor]  # runs a function of model.cpu.operations on its arguments: on the kernel, or its fallback
+Run = Callable[..., Tensor]  # (function of model.cpu.operations, *arguments): runs the kernel, or the fallback
 
-TOLERANCE = 1e-9  # relative, in float64
+TOLERANCE = 1e-9  # relative, between code and operations
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +31,12 @@ class KernelPart:
     """A part of the network that the compiled kernel can compute."""
 
     name: str
-    own_classes: tuple[type[nn.Module], ...]  # those of its modules' classes that are ours, not torch's
+    own_classes: tuple[type[nn.Module], ...]  # classes of its modules that torch does not define
     module_names: tuple[str, ...]
-    build: Callable[[ShuffleMixerConfig], Modules]  # makes its modules as the network's constructors do
-    by_modules: Callable[[Modules, Tensor, Tensor | None], Tensor]  # (modules, x, skip): what the modules' code says
-    by_kernel: Callable[[Run, Modules, Tensor, Tensor | None], Tensor]  # the same by functions of model.cpu.operations
-    why_unsupported: Callable[[ShuffleMixerConfig], str]  # why the kernel lacks a configuration, "" if it does not
+    build: Callable[[ShuffleMixerConfig], Modules]  # makes its modules, as the network does
+    by_modules: Callable[[Modules, Tensor, Tensor | None], Tensor]  # (modules, x, skip)
+    by_kernel: Callable[[Run, Modules, Tensor, Tensor | None], Tensor]  # the same by model.cpu.operations
+    why_unsupported: Callable[[ShuffleMixerConfig], str]  # "" if the kernel has it
     takes_skip: bool = False
     own_code: Snapshot = field(init=False, repr=False)
 
@@ -105,7 +105,7 @@ def _agree(part: KernelPart, config: ShuffleMixerConfig) -> bool:
             ):
                 grad_out = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
                 results.append([out, *torch.autograd.grad(out, [x, *leaves], grad_out)])
-        except Exception:  # edited code may raise anything, and does so again when it runs in earnest
+        except Exception:  # edited code may raise anything; let it raise where it is used
             return False
         for got, expected in zip(*results, strict=True):
             if got.shape != expected.shape or not (got - expected).abs().max() <= TOLERANCE * expected.abs().max():

@@ -79,15 +79,15 @@ def weights_of(convolution: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def why_unsupported_mix(config: ShuffleMixerConfig) -> str:
-    """Return which part of a mix, as the kernel computes it, a configuration leaves out; "" if none."""
+    """Return why the compiled kernel lacks the mix of a configuration; "" if it has it."""
     missing = [name for name in ("split", "shuffle", "norm") if not getattr(config, name)]
-    return f"without {missing[0]}, which the compiled kernel has" if missing else ""
+    return f"built without {missing[0]}; the compiled kernel needs it" if missing else ""
 
 
 def why_unsupported_depthwise(config: ShuffleMixerConfig) -> str:
     """Return why the compiled kernel lacks a configuration's kernel size; "" if it has it."""
     size = config.kernel_size
-    return "" if size in KERNEL_SIZES else f"a kernel of {size} × {size}, not of {KERNEL_SIZES}"
+    return "" if size in KERNEL_SIZES else f"kernel_size {size}; the compiled kernel takes {KERNEL_SIZES}"
 
 
 MIX = KernelPart(

@@ -54,11 +54,11 @@ def why_not(x: Tensor) -> str:
     if type(x) is not Tensor:
         return f"the input is a {type(x).__name__}"
     if not x.is_cpu or x.dtype is not torch.float32 or x.layout is not torch.strided:
-        return f"the input is {x.dtype} on {x.device}, not float32 on the CPU"
+        return f"the input is {x.dtype} on {x.device}; the compiled kernel takes float32 on the CPU"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is enabled"
     if x.dim() != 4 or not x.numel() or x._is_zerotensor():
-        return f"the input has shape {tuple(x.shape)} or no memory"
+        return f"the input is not a non-empty (N, C, H, W): shape {tuple(x.shape)}"
     return why_not_channels(x.shape[1])
 
 

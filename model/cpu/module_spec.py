@@ -1,4 +1,4 @@
-"""What a module's constructor makes, to the last attribute: for finding out whether a module was edited since."""
+"""Descriptions of modules fresh from their constructors, to detect later edits."""
 
 from __future__ import annotations
 
@@ -84,9 +84,9 @@ def _weight_mismatch(weight: Tensor | None, shape: torch.Size | None) -> str:
     if weight is None or shape is None:
         return "" if weight is None and shape is None else f"expected shape {shape}, got {weight}"
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
-        return f"is a {type(weight).__name__}"
+        return f"expected a Parameter or Tensor, got a {type(weight).__name__}"
     if weight.shape != shape:
         return f"expected shape {tuple(shape)}, got {tuple(weight.shape)}"
     if weight.dtype is not torch.float32 or not weight.is_cpu or weight.layout is not torch.strided:
-        return f"is {weight.dtype} on {weight.device}"
+        return f"expected float32 on the CPU, got {weight.dtype} on {weight.device}"
     return ""

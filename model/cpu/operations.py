@@ -1,8 +1,8 @@
 """The operations of the mixing kernel as autograd functions, each with its `fallback` in torch's own operations.
 
-Kernel and fallback agree up to rounding. Images are float32 (N, C, H, W) in channels-last memory, C a multiple of 32.
-Values between input and output are never written to memory; the backward passes compute them again. Callers check
-`mixing_kernel.why_not` first. Gradients of weights have the strides of the weights.
+Kernel and fallback agree up to rounding. Images are float32 (N, C, H, W), C a multiple of 32; check other inputs with
+`mixing_kernel.why_not` first. Intermediate values never reach memory: the backward passes compute them again. Gradients
+of weights have the strides of the weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from model.cpu.mixing_kernel import thread_count
 from model.cpu.tensors import as_array, channels_last, empty_like, packed, with_strides_of
 
 TAIL = 32  # columns of the tail's matrix: 9 taps of 3 colours, rounded up
-EPS = 1e-5  # of the norm
+NORM_EPS = 1e-5
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -34,7 +34,7 @@ class Mix(torch.autograd.Function):
         x: Tensor, norm: Tensor, widen: Tensor, bias: Tensor, narrow: Tensor, out_bias: Tensor, skip: Any = None
     ) -> Tensor:
         """Compute the same by torch's own operations."""
-        normed = F.layer_norm(x.permute(0, 2, 3, 1), norm.shape, norm, None, EPS).permute(0, 3, 1, 2)
+        normed = F.layer_norm(x.permute(0, 2, 3, 1), norm.shape, norm, None, NORM_EPS).permute(0, 3, 1, 2)
         first, second = normed.chunk(2, dim=1)
         inner = F.silu(F.conv2d(first, widen, bias))
         both = torch.cat([F.conv2d(inner, narrow, out_bias), second], dim=1)
@@ -46,7 +46,7 @@ class Mix(torch.autograd.Function):
         ctx: Any, x: Tensor, norm: Tensor, widen: Tensor, bias: Tensor, narrow: Tensor, out_bias: Tensor, skip: Any
     ) -> Tensor:
         """Run the kernel; save the input and the weights only."""
-        ctx.save_for_backward(x, norm, widen, bias, narrow, out_bias)  # the inputs themselves: copies have no graph
+        ctx.save_for_backward(x, norm, widen, bias, narrow, out_bias)  # not copies: they have no graph
         x, out = channels_last(x), empty_like(x)
         skip = None if skip is None else channels_last(skip)
         weights = _packed_mix_weights(norm, widen, bias, narrow, out_bias)
@@ -57,7 +57,7 @@ class Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Gradients:
-        """Compute everything in between again."""
+        """Recompute the intermediate values."""
         d_skip = grad_out if ctx.needs_input_grad[6] else None
         x, norm, widen, bias, narrow, out_bias = ctx.saved_tensors
         if needs_fallback(grad_out):
@@ -84,7 +84,7 @@ class Mix(torch.autograd.Function):
 
 
 def _packed_mix_weights(norm: Tensor, widen: Tensor, bias: Tensor, narrow: Tensor, out_bias: Tensor) -> Tensor:
-    """All weights as the kernel reads them: the outputs of the MLP in the order of the shuffled channels."""
+    """Pack weights as the kernel reads them, the outputs of the MLP in the order of the shuffled channels."""
     hidden, half = widen.shape[:2]
     groups = SHUFFLE_GROUPS // 2
     first = widen.reshape(hidden, half)
@@ -104,7 +104,7 @@ class Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inner: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
-        """Run the kernel; save the input before its SiLU, and the weights."""
+        """Run the kernel; save the input of the SiLU, and the weights."""
         ctx.save_for_backward(inner, weight, bias)
         inner, skip, out = channels_last(inner), channels_last(skip), empty_like(skip)
         _run_project(inner, None, skip, out, weight, bias, None)
@@ -112,7 +112,7 @@ class Project(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Gradients:
-        """Compute the SiLU again."""
+        """Recompute the SiLU."""
         inner, weight, bias = ctx.saved_tensors
         if needs_fallback(grad_out):
             return *fallback_gradients(Project.fallback, ctx.saved_tensors, ctx.needs_input_grad, grad_out), grad_out
@@ -161,7 +161,7 @@ class Enlarge(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Gradients:
-        """Compute everything in between again."""
+        """Recompute the intermediate values."""
         x, weight, bias, tail, tail_bias = ctx.saved_tensors
         if needs_fallback(grad_out):
 

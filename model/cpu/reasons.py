@@ -19,7 +19,7 @@ def fallback_reasons(network: nn.Module, precision: str = "fp32", compiled: bool
     if not whole and precision != "fp32":
         whole = f"the compiled kernel computes in fp32, not in {precision}"
     if whole := whole or active_mode():
-        return [f"the network runs by torch's plain operations: {whole}"]
+        return [f"the network falls back to plain torch operations: {whole}"]
     where: dict[str, list[str]] = {}
     for name, module in network.named_modules():
         for part, config, modules in getattr(module, "kernel_parts", list)():
@@ -28,5 +28,5 @@ def fallback_reasons(network: nn.Module, precision: str = "fp32", compiled: bool
     lines = []
     for reason, places in where.items():
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        lines.append(f"runs by torch's plain operations: {places[0]}{more} ({reason})")
+        lines.append(f"falls back to plain torch operations: {places[0]}{more} ({reason})")
     return lines

@@ -16,9 +16,9 @@ Snapshot = tuple[tuple[object, str, object], ...]
 def active_mode() -> str:
     """Name the mode of torch that must see every operation, such as tracing or counting; "" if none is active."""
     if torch.compiler.is_compiling():
-        return "torch compiles or exports"
+        return "torch is compiling or exporting"
     if torch._C._get_tracing_state():
-        return "torch traces"
+        return "torch is tracing"
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return "a torch dispatch or function mode is active"
     if torch._C._are_functorch_transforms_active():

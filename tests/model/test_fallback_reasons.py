@@ -1,4 +1,4 @@
-"""Where the kernel does not run, that is said, with the reason; and what a network costs is counted as it now is."""
+"""`fallback_reasons` says where the compiled kernel does not run, and why; edited networks count their own costs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from model.cpu import mixing_kernel
 from model.cpu.reasons import fallback_reasons
 from model.shufflemixer import FeatureMixingBlock, ShuffleMixer, ShuffleMixerLayer
 
-needs_kernel = pytest.mark.skipif(
-    mixing_kernel.extension is None, reason="the kernel is not built, or not for this processor"
-)
+needs_kernel = pytest.mark.skipif(mixing_kernel.extension is None, reason="no mixing kernel for this processor")
 
 
 @needs_kernel
-def test_networks_as_made_have_no_reason() -> None:
+def test_unedited_networks_have_no_reasons() -> None:
     for name in ("tiny", "base"):
         for scale in (2, 3, 4):
             assert fallback_reasons(ShuffleMixer.preset(name, scale)) == []
@@ -39,11 +37,11 @@ def test_networks_as_made_have_no_reason() -> None:
 )
 def test_reasons_for_the_whole_network(arguments: tuple[Any, ...], reason: str) -> None:
     (line,) = fallback_reasons(small_network(), *arguments)
-    assert line.startswith("the network runs by torch's plain operations: ")
+    assert line.startswith("the network falls back to plain torch operations: ")
     assert line.endswith(reason)
 
 
-def test_a_missing_kernel_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     with kernel_off():
         monkeypatch.setattr(mixing_kernel, "compiled", lambda name: None)
         assert "the compiled kernel model.cpu._mixing is not built" in fallback_reasons(small_network())[0]
@@ -51,8 +49,8 @@ def test_a_missing_kernel_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "SRSHARDS_KERNELS=0 switches the compiled kernel off" in fallback_reasons(small_network())[0]
 
 
-def test_a_kernel_built_from_another_source_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after `git pull` without building again: the kernel before took an address."""
+def test_kernel_built_from_another_source_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `git pull` without a rebuild: an older `start` took an address."""
 
     class Old:
         def start(self, address: int, lanes: int) -> int:
@@ -76,9 +74,9 @@ def test_reasons_for_parts() -> None:
     network.tail.padding_mode = "reflect"
     network.get_submodule("blocks.0.net.0.spatial").register_forward_hook(lambda module, inputs, output: None)
     assert sorted(fallback_reasons(network)) == [
-        "runs by torch's plain operations: blocks.0.net.0, depth-wise convolution (spatial: has forward hooks)",
-        "runs by torch's plain operations: blocks.0.net.1, mix and 1 more (mlp.fc.1: expected SiLU, got GELU)",
-        "runs by torch's plain operations: upsampler (tail: expected padding_mode 'zeros', got 'reflect')",
+        "falls back to plain torch operations: blocks.0.net.0, depth-wise convolution (spatial: has forward hooks)",
+        "falls back to plain torch operations: blocks.0.net.1, mix and 1 more (mlp.fc.1: expected SiLU, got GELU)",
+        "falls back to plain torch operations: upsampler (tail: expected padding_mode 'zeros', got 'reflect')",
     ]
 
 
@@ -86,23 +84,23 @@ def test_reasons_for_parts() -> None:
 def test_reasons_for_configurations() -> None:
     lines = fallback_reasons(ShuffleMixer(32, 9, blocks=1, scale=2, norm=False))
     assert sorted(line.partition("operations: ")[2] for line in lines) == [
-        "blocks.0.net.0, depth-wise convolution and 1 more (a kernel of 9 × 9, not of (3, 5, 7))",
-        "blocks.0.net.0, mix and 3 more (without norm, which the compiled kernel has)",
+        "blocks.0.net.0, depth-wise convolution and 1 more (kernel_size 9; the compiled kernel takes (3, 5, 7))",
+        "blocks.0.net.0, mix and 3 more (built without norm; the compiled kernel needs it)",
     ]
     (line,) = {line.partition("(")[2] for line in fallback_reasons(ShuffleMixer(40, 3, blocks=1, scale=2))}
     assert line == "40 features; the compiled kernel takes multiples of 32 up to 2048)"
 
 
 @needs_kernel
-def test_a_training_says_it_once(training_shards: Path, tmp_path: Path) -> None:
+def test_training_prints_each_reason_once(training_shards: Path, tmp_path: Path) -> None:
     flags = ["--iterations", 2, "--log-every", 1]
-    said = finish(start(command(training_shards, tmp_path / "a", *flags, "--precision", "bf16")))[0]
-    assert said.count("plain operations: the compiled kernel computes in fp32, not in bf16\n") == 1
-    said = finish(start(command(training_shards, tmp_path / "b", *flags)))[0]
-    assert "plain operations" not in said
+    output = finish(start(command(training_shards, tmp_path / "a", *flags, "--precision", "bf16")))[0]
+    assert output.count("plain torch operations: the compiled kernel computes in fp32, not in bf16\n") == 1
+    output = finish(start(command(training_shards, tmp_path / "b", *flags)))[0]
+    assert "plain torch operations" not in output
 
 
-def test_costs_of_edited_networks_are_counted_as_they_are() -> None:
+def test_edited_networks_count_their_own_costs() -> None:
     network = small_network()
     before = network.multiply_accumulates(16, 20)
     pixels = 8 * 10
