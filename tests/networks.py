@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from model.cpu import mixing_kernel, operations
 from model.shufflemixer import ShuffleMixer
+
+needs_mixing_kernel = pytest.mark.skipif(
+    mixing_kernel.extension is None, reason="the mixing kernel is not built, or not for this processor"
+)
 
 
 def small_network(**changes: Any) -> ShuffleMixer:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from networks import compare, kernel_calls, kernel_off, small_network, step
+from networks import compare, kernel_calls, kernel_off, needs_mixing_kernel, small_network, step
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -17,7 +17,7 @@ from model.layers import ChannelNorm, PointMlp
 from model.shufflemixer import FeatureMixingBlock, ShuffleMixer, ShuffleMixerLayer
 
 pytestmark = [
-    pytest.mark.skipif(mixing_kernel.extension is None, reason="no mixing kernel for this processor"),
+    needs_mixing_kernel,
     pytest.mark.usefixtures("one_thread"),
 ]
 

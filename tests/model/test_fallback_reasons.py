@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import kernel_off, small_network
+from networks import kernel_off, needs_mixing_kernel, small_network
 from torch import nn
 from trainings import command, finish, start
 
@@ -15,10 +15,8 @@ from model.cpu import mixing_kernel
 from model.cpu.reasons import fallback_reasons
 from model.shufflemixer import FeatureMixingBlock, ShuffleMixer, ShuffleMixerLayer
 
-needs_kernel = pytest.mark.skipif(mixing_kernel.extension is None, reason="no mixing kernel for this processor")
 
-
-@needs_kernel
+@needs_mixing_kernel
 def test_unedited_networks_have_no_reasons() -> None:
     for name in ("tiny", "base"):
         for scale in (2, 3, 4):
@@ -26,7 +24,7 @@ def test_unedited_networks_have_no_reasons() -> None:
     assert fallback_reasons(small_network().to("meta")) == []
 
 
-@needs_kernel
+@needs_mixing_kernel
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -63,7 +61,7 @@ def test_kernel_built_from_another_source_is_not_used(monkeypatch: pytest.Monkey
     assert "to be built from this source" in mixing_kernel.why_missing()
 
 
-@needs_kernel
+@needs_mixing_kernel
 def test_reasons_for_parts() -> None:
     network = small_network(blocks=2)
     for block in network.blocks:
@@ -80,7 +78,7 @@ def test_reasons_for_parts() -> None:
     ]
 
 
-@needs_kernel
+@needs_mixing_kernel
 def test_reasons_for_configurations() -> None:
     lines = fallback_reasons(ShuffleMixer(32, 9, blocks=1, scale=2, norm=False))
     assert sorted(line.partition("operations: ")[2] for line in lines) == [
@@ -91,7 +89,7 @@ def test_reasons_for_configurations() -> None:
     assert line == "40 features; the compiled kernel takes multiples of 32 up to 2048)"
 
 
-@needs_kernel
+@needs_mixing_kernel
 def test_training_prints_each_reason_once(training_shards: Path, tmp_path: Path) -> None:
     flags = ["--iterations", 2, "--log-every", 1]
     output = finish(start(command(training_shards, tmp_path / "a", *flags, "--precision", "bf16")))[0]

@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import needs_mixing_kernel
 from numpy.typing import NDArray
 
 from model.cpu import mixing_kernel
 
-pytestmark = pytest.mark.skipif(mixing_kernel.extension is None, reason="no mixing kernel for this processor")
+pytestmark = needs_mixing_kernel
 
 Call = dict[str, Any]  # the arguments of a call, in order
 ERRORS = (ValueError, TypeError, BufferError, OverflowError, MemoryError)

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from networks import needs_mixing_kernel
 from torch import Tensor
 
 from model.cpu import mixing_kernel, operations
 from model.shufflemixer import ShuffleMixer
 
-pytestmark = pytest.mark.skipif(mixing_kernel.extension is None, reason="no mixing kernel for this processor")
+pytestmark = needs_mixing_kernel
 
 SHAPES: list[tuple[dict[str, Any], tuple[int, int, int]]] = [
     ({"features": 32, "kernel_size": 3, "scale": 2}, (2, 7, 11)),
@@ -45,14 +46,6 @@ def example(config: dict[str, Any], shape: tuple[int, int, int]) -> tuple[Shuffl
             parameter.add_(torch.randn_like(parameter) * 0.1)
     scale = network.config.scale
     return network, torch.rand(batch, 3, height, width), torch.randn(batch, 3, height * scale, width * scale)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[16, 8])

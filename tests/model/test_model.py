@@ -268,5 +268,7 @@ def test_exported_network_has_no_kernel_calls() -> None:
     network = ShuffleMixer.preset("tiny", 2).eval()
     lr = torch.rand(1, 3, 8, 8)
     program = torch.export.export(network, (lr,))
-    assert not any("fused" in str(node.target).lower() for node in program.graph.nodes)
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert len(calls) > 50
+    assert all(call.startswith("aten.") or "getitem" in call for call in calls), calls
     torch.testing.assert_close(program.module()(lr), network(lr), rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import assert_same, compare, kernel_calls, kernel_off, small_network, step
+from networks import assert_same, compare, kernel_calls, kernel_off, needs_mixing_kernel, small_network, step
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ShuffleMixerConfig
-from model.cpu import eligibility, kernel_parts, mixing_kernel
+from model.cpu import eligibility, kernel_parts
 from model.shufflemixer import ShuffleMixer
 
 pytestmark = [
-    pytest.mark.skipif(mixing_kernel.extension is None, reason="no mixing kernel for this processor"),
+    needs_mixing_kernel,
     pytest.mark.usefixtures("one_thread"),
 ]
 
