@@ -88,13 +88,13 @@ def enlarge(
     }
 
 
-def depthwise(shape: tuple[int, int, int] = (2, 3, 5), channels: int = 32, kernel: int = 3) -> Call:
+def depthwise(shape: tuple[int, int, int] = (2, 3, 5), channels: int = 32, kernel_size: int = 3) -> Call:
     image = (*shape, channels)
     sizes = dict(zip(("images", "height", "width"), shape, strict=True))
-    sums = floats((kernel**2 + 1) * channels)
+    sums = floats((kernel_size**2 + 1) * channels)
     return {"x": floats(*image), "slope": floats(*image), "sums": sums} | sizes | {
         "channels": channels,
-        "kernel": kernel,
+        "kernel_size": kernel_size,
         "threads": 2,
     }  # fmt: skip
 
@@ -230,14 +230,14 @@ def test_any_sizes_compute_or_raise(data: st.DataObject) -> None:
     factor=st.integers(1, 4),
     height=st.integers(1, 40),
     width=st.integers(1, 70),
-    kernel=st.sampled_from([3, 5, 7]),
+    kernel_size=st.sampled_from([3, 5, 7]),
     threads=st.integers(1, 3),
 )
 def test_valid_sizes_stay_within_their_arrays(
-    channels: int, hidden: int, pixels: int, factor: int, height: int, width: int, kernel: int, threads: int
+    channels: int, hidden: int, pixels: int, factor: int, height: int, width: int, kernel_size: int, threads: int
 ) -> None:
     size = 1 + 200 // (height * width), height, width
-    calls = [("depthwise", depthwise(size, channels, kernel))]
+    calls = [("depthwise", depthwise(size, channels, kernel_size))]
     for backward in (False, True):
         calls += [
             ("mix", mix(channels, hidden, pixels, backward)),
