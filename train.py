@@ -25,10 +25,10 @@ from loader import PatchDataset, PatchLoader, ShardsError, to_float
 from loader.format.identity import dataset_identity
 from loader.system.safefile import write_atomically
 from model.checkpoints import CheckpointError
+from model.cpu.reasons import fallback_reasons
 from model.evaluate.curves import write_curves
 from model.losses import Losses, combined
 from model.metrics import Scores
-from model.shufflemixer import why_plain
 from model.training import resume as going_on
 from model.training import saving
 from model.training.memory import is_out_of_memory, largest_part, too_large, tried
@@ -174,7 +174,7 @@ class Run:
             *remarks,
             f"{config.model} x{config.scale}: {network.parameter_count():,} parameters, "
             f"{network.multiply_accumulates() / 1e9:.2f} GMACs for 1280 x 720; {config.precision} on {ranks.device}",
-            *why_plain(network, config.precision, config.compile),
+            *fallback_reasons(network, config.precision, config.compile),
             f"{len(self.data):,} samples per epoch from {config.shards}; {config.batch_size} samples a step "
             f"(ranks: {ranks.world_size}, micro-batches: {parts}, samples in each: {self.state.micro_batch}); "
             f"{self.state.iteration} iterations done",

@@ -28,7 +28,7 @@ from report import fill_readme
 from rival_shufflemixer import PublishedStyle
 from torch import Tensor, nn
 
-from model.cpu import fused
+from model.cpu import mixing_kernel
 from model.shufflemixer import PRESETS, ShuffleMixer
 
 HERE = Path(__file__).parent
@@ -97,14 +97,14 @@ def inferrer(network: nn.Module, lr: Tensor, settings: Settings) -> Callable[[],
 
 
 def plainly(work: Callable[[], None]) -> Callable[[], None]:
-    """The same work without the fused operations of `model.cpu.fused`."""
+    """Return the same work without the compiled mixing kernel."""
 
     def plain() -> None:
-        kernel, fused.kernel = fused.kernel, None
+        extension, mixing_kernel.extension = mixing_kernel.extension, None
         try:
             work()
         finally:
-            fused.kernel = kernel
+            mixing_kernel.extension = extension
 
     return plain
 
@@ -146,7 +146,7 @@ def measure(name: str, scale: int, settings: Settings, compiled: bool, results: 
 
     def works(of: Callable[[nn.Module], Callable[[], None]]) -> dict[str, Callable[[], None]]:
         ways = {OURS: of(ours), RIVAL: of(rival)}
-        if fused.usable(torch.empty(1, ours.config.features, 1, 1, device=device)):
+        if mixing_kernel.usable(torch.empty(1, ours.config.features, 1, 1, device=device)):
             ways[PLAIN] = plainly(ways[OURS])
         return ways
 

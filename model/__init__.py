@@ -1,7 +1,7 @@
-"""The networks, losses and image metrics; what is done with a trained network; and the parts of its training.
+"""The network, its losses, metrics and checkpoints; its training; and the commands that use trained weights.
 
-`shufflemixer`, `losses` and `metrics` need nothing else but kernels; `checkpoints` reads weights. `evaluate`,
-`upscale`, `export` and `curves` are commands (`python -m model.evaluate`); `training` holds what `train.py` is made of.
+`evaluate`, `upscale`, `export` and `curves` are commands (`python -m model.evaluate`). `cpu` holds the compiled mixing
+kernel, `torchfile` a safe reader of `torch.save` files, and `training` the modules of `train.py`.
 """
 
 from srshards_names import check_names

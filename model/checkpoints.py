@@ -1,4 +1,4 @@
-"""Checkpoints: weights read from files, ours and published ones, and networks built of them."""
+"""Checkpoints, ours and published ones: weights read from a file, and the network that they fit."""
 
 from __future__ import annotations
 
@@ -17,49 +17,52 @@ from torch import Tensor
 
 from loader.errors import ShardsError, one_line
 from model.shufflemixer import ShuffleMixer, ShuffleMixerConfig
-from model.torchfile.archive import Archive, opened
-from model.torchfile.pickled import StoredTensor
+from model.torchfile.archive import Archive, ArchiveError, open_archive
+from model.torchfile.stored import StoredTensor
+from model.torchfile.unpickle import PickleError
 
-WEIGHTS_OF_BLOCK = 20  # at least: two layers, each of five convolutions with their biases
+MIN_BLOCK_WEIGHTS = 20  # two layers, each of five convolutions with biases
+# What zipfile and torch raise for damaged files.
+DAMAGE = (ValueError, zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error)
 WEIGHT_KEYS = {"ema": ("params_ema", "params"), "raw": ("params", "params_ema")}
 
 
 class CheckpointError(ShardsError):
-    """A file of weights that cannot be used, in one line: which, what was expected and what was got."""
+    """A checkpoint that cannot be used; the message is one line."""
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))
 
 
-class Shaped(Protocol):
+class HasShape(Protocol):
     """A tensor, or the description of one."""
 
     @property
     def shape(self) -> Sequence[int]:
-        """Its sizes."""
+        """Its size in each dimension."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights by their published names, and the shape of the network that they fit."""
+    """Weights by their published names, and the configuration of the network that they fit."""
 
     path: Path
     weights: Mapping[str, Tensor]
-    weights_key: str  # "params_ema", "params", or "bare" for a file that is one state dict
+    weights_key: str  # "params_ema", "params", or "bare" if the file is a single state dict
     config: ShuffleMixerConfig
 
     def build(self) -> ShuffleMixer:
-        """Build the network and load the weights strictly; CheckpointError if a name or shape differs."""
+        """Return the network with these weights; CheckpointError if a name or shape differs."""
         check_shapes(self.path, self.config, self.weights)
         network = ShuffleMixer.from_config(self.config)
-        network.load_state_dict(self.weights)  # in float32, whatever they were stored as
+        network.load_state_dict(self.weights)  # converts to float32
         return network
 
 
-def infer_config(weights: Mapping[str, Shaped]) -> ShuffleMixerConfig:
-    """Tell the network's shape from its weights' names and shapes. Whether it shuffles cannot be told: it does.
+def infer_config(weights: Mapping[str, HasShape]) -> ShuffleMixerConfig:
+    """Return the configuration that names and shapes of weights imply; `shuffle`, which leaves no trace, is True.
 
-    Raises KeyError for a weight that is missing, ValueError or IndexError for shapes that no network has.
+    Raises KeyError for a missing weight, and ValueError or IndexError for shapes that no network has.
     """
     features = weights["to_feat.weight"].shape[0]
     hidden, width = weights["blocks.0.net.0.mlp1.fc.0.weight"].shape[:2]
@@ -70,8 +73,8 @@ def infer_config(weights: Mapping[str, Shaped]) -> ShuffleMixerConfig:
     if widening not in factors:
         raise ValueError(f"upsapling.0.weight must widen the features 4- or 9-fold, got {widening}-fold")
     blocks = len({match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))})
-    if len(weights) < WEIGHTS_OF_BLOCK * blocks:
-        raise ValueError(f"{blocks} blocks must have at least {WEIGHTS_OF_BLOCK} weights each, got {len(weights)}")
+    if len(weights) < MIN_BLOCK_WEIGHTS * blocks:
+        raise ValueError(f"{blocks} blocks must have at least {MIN_BLOCK_WEIGHTS} weights each, got {len(weights)}")
     return ShuffleMixerConfig(
         features=features,
         kernel_size=weights["blocks.0.net.0.spatial.weight"].shape[-1],
@@ -84,18 +87,18 @@ def infer_config(weights: Mapping[str, Shaped]) -> ShuffleMixerConfig:
     )
 
 
-def find_config(path: Path, content: Mapping[str, Any], weights: Mapping[str, Shaped]) -> ShuffleMixerConfig:
-    """Give the shape of the network of a checkpoint: what its `network` says, or else what its weights tell.
+def find_config(path: Path, content: Mapping[str, Any], weights: Mapping[str, HasShape]) -> ShuffleMixerConfig:
+    """Return the configuration of a checkpoint's network: its `network` entry, or else what its weights imply.
 
-    `network` is a mapping of the fields of `ShuffleMixerConfig`, by `dataclasses.asdict`. Raises CheckpointError,
-    naming `path`, where it is malformed or contradicts the weights, or where these are not of such a network.
+    `network` maps the fields of `ShuffleMixerConfig` to values. Raises CheckpointError, naming `path`, if it is
+    malformed or contradicts the weights, or if these are not the weights of such a network.
     """
     try:
-        told = infer_config(weights)
+        inferred = infer_config(weights)
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: not the weights of a ShuffleMixer; missing or wrong: {error}") from error
     if (fields := content.get("network")) is None:
-        return told
+        return inferred
     if not isinstance(fields, Mapping):
         raise CheckpointError(f"{path}: network: expected a mapping, got {type(fields).__name__}")
     known = {field.name: field.default for field in dataclasses.fields(ShuffleMixerConfig)}
@@ -110,34 +113,30 @@ def find_config(path: Path, content: Mapping[str, Any], weights: Mapping[str, Sh
     except ValueError as error:
         raise CheckpointError(f"{path}: network: {error}") from error
     for name in known:
-        if name != "shuffle" and getattr(config, name) != getattr(told, name):
+        if name != "shuffle" and getattr(config, name) != getattr(inferred, name):
             raise CheckpointError(
-                f"{path}: network: the weights have {name} {getattr(told, name)}, got {getattr(config, name)}"
+                f"{path}: network: the weights have {name} {getattr(inferred, name)}, got {getattr(config, name)}"
             )
     return config
 
 
 def read_raw(path: Path) -> Mapping[str, Any]:
-    """Read the mapping that a `torch.save` file holds, onto the CPU; CheckpointError if there is none.
+    """Read the mapping in a `torch.save` file onto the CPU; CheckpointError if it holds something else.
 
-    It is read as data (see `model.torchfile.pickled`): a file of weights must not be able to run code,
-    nor to take more memory than it has bytes. Tensors that share a storage in the file share their memory.
+    The file cannot run code, nor take more memory than it has bytes: see `model.torchfile`. Tensors that share a
+    storage in the file share memory.
     """
     with _open(path) as archive:
-        tensors: dict[int, StoredTensor] = {}
-        _find_tensors(archive.content, tensors)
-        read = dict(zip(tensors, archive.read_all(tensors.values()), strict=True))
-        content: Mapping[str, Any] = _with_tensors(archive.content, read)
+        content: Mapping[str, Any] = archive.read_content()
         return content
 
 
 def load_checkpoint(path: Path, prefer: Literal["ema", "raw"] = "ema") -> Checkpoint:
     """Read a checkpoint: ours, BasicSR's (`params`, `params_ema`), or a bare state dict.
 
-    `prefer` says which weights to take from a file that holds both; with one set only, that one is taken.
-    The network's shape is told from the weights, unless the file's `network` says it: see `find_config`. Prefixes
-    that DataParallel and torch.compile put before names are taken off. Nothing is allocated before every name and
-    shape is compared with those of the network. Raises CheckpointError.
+    `prefer` chooses between raw and averaged weights in a file that holds both. `find_config` finds the configuration.
+    Prefixes that DataParallel and torch.compile add to names are removed. Every name and shape is compared with the
+    network's before anything is allocated. Raises CheckpointError.
     """
     with _open(path) as archive:
         content = archive.content
@@ -148,17 +147,17 @@ def load_checkpoint(path: Path, prefer: Literal["ema", "raw"] = "ema") -> Checkp
             raise CheckpointError(f"{path}: expected weights in params_ema, params or at the top, got keys {keys}")
         stored: dict[str, StoredTensor] = {}
         for name, tensor in found.items():
-            plain = plain_name(str(name))
-            if plain in stored:
-                raise CheckpointError(f"{path}: expected each weight once, got {plain} again as {name}")
+            bare = without_wrappers(str(name))
+            if bare in stored:
+                raise CheckpointError(f"{path}: expected each weight once, got {bare} again as {name}")
             if not tensor.dtype.is_floating_point:
                 raise CheckpointError(f"{path}: {name}: expected floating-point values, got {tensor.dtype}")
-            stored[plain] = tensor
+            stored[bare] = tensor
         config = find_config(path, content, stored)
         check_shapes(path, config, stored)
         held = sum(storage.nbytes for storage in {tensor.storage for tensor in stored.values()})
         if held < (wanted := sum(tensor.nbytes for tensor in stored.values())):
-            raise CheckpointError(f"{path}: expected {wanted} bytes of weights, got {held} that many share")
+            raise CheckpointError(f"{path}: expected {wanted} bytes of weights, got {held}, shared between them")
         weights = dict(zip(stored, archive.read_all(stored.values()), strict=True))
     for name, value in weights.items():
         if not value.isfinite().all():
@@ -166,16 +165,16 @@ def load_checkpoint(path: Path, prefer: Literal["ema", "raw"] = "ema") -> Checkp
     return Checkpoint(path, weights, key, config)
 
 
-def plain_name(name: str) -> str:
-    """Take what torch's wrappers put before and between the parts of a weight's name off it."""
+def without_wrappers(name: str) -> str:
+    """Return a weight's name without the parts that DataParallel and torch.compile add."""
     parts = [part for part in name.split(".") if part != "_orig_mod"]
     while parts[:1] == ["module"]:
         parts = parts[1:]
     return ".".join(parts)
 
 
-def check_shapes(path: Path, config: ShuffleMixerConfig, weights: Mapping[str, Shaped]) -> None:
-    """Raise CheckpointError, naming `path`, unless names and shapes are those of the network that `config` says."""
+def check_shapes(path: Path, config: ShuffleMixerConfig, weights: Mapping[str, HasShape]) -> None:
+    """Check that names and shapes are those of the network of `config`; CheckpointError, naming `path`, if not."""
     try:
         with torch.device("meta"):  # allocates nothing
             network = ShuffleMixer.from_config(config)
@@ -195,10 +194,10 @@ def check_shapes(path: Path, config: ShuffleMixerConfig, weights: Mapping[str, S
 
 @contextmanager
 def _open(path: Path) -> Iterator[Archive]:
-    """Open a checkpoint, hold its checksums, and tell in one line what is wrong with it then or later."""
+    """Open a checkpoint and verify its checksums; errors, also in the body of `with`, become CheckpointError."""
     try:
-        with opened(path) as archive:
-            archive.check_sums()  # torch writes checksums, and does not look at them
+        with open_archive(path) as archive:
+            archive.verify_checksums()  # torch writes checksums but never verifies them
             if not isinstance(archive.content, dict):
                 kind = "a tensor" if isinstance(archive.content, StoredTensor) else type(archive.content).__name__
                 raise CheckpointError(f"{path}: expected a mapping of weights, got {kind}")
@@ -208,8 +207,8 @@ def _open(path: Path) -> Iterator[Archive]:
     except OSError as error:
         raise CheckpointError(f"{path}: expected a checkpoint that can be read, got {error.strerror}") from error
     except MemoryError as error:
-        raise CheckpointError(f"{path}: expected a checkpoint that fits the memory, got {_size(path)}") from error
-    except (ValueError, zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error) as error:
+        raise CheckpointError(f"{path}: expected a checkpoint that fits in memory, got {_size(path)}") from error
+    except (ArchiveError, PickleError, *DAMAGE) as error:
         raise CheckpointError(
             f"{path}: expected tensors written by torch.save, got a damaged file or other content: {str(error)[:200]}"
         ) from error
@@ -217,23 +216,3 @@ def _open(path: Path) -> Iterator[Archive]:
 
 def _size(path: Path) -> str:
     return f"{path.stat().st_size} bytes" if path.exists() else "more"
-
-
-def _find_tensors(value: Any, found: dict[int, StoredTensor]) -> None:
-    """Collect the tensors within containers, which `read_pickle` has found to be of bounded depth and number."""
-    if isinstance(value, StoredTensor):
-        found[id(value)] = value
-    elif isinstance(value, dict | list | tuple):
-        for inner in value.values() if isinstance(value, dict) else value:
-            _find_tensors(inner, found)
-
-
-def _with_tensors(value: Any, read: Mapping[int, Tensor]) -> Any:
-    """Copy containers, with what was read in place of the descriptions."""
-    if isinstance(value, StoredTensor):
-        return read[id(value)]
-    if isinstance(value, dict):
-        return {key: _with_tensors(inner, read) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_with_tensors(inner, read) for inner in value)
-    return value

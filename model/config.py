@@ -1,4 +1,4 @@
-"""The shapes of networks: which of the published parts a network has, and how large they are."""
+"""Network configurations: the sizes of a ShuffleMixer, and the published parts that it has."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 SCALES = (2, 3, 4)
 SHUFFLE_GROUPS = 8
 SWITCHES = ("shuffle", "split", "fused", "norm")
-EXTRA_FEATURES = 16  # the fused block's 3x3 convolution widens by this much
+EXTRA_FEATURES = 16  # channels that a block's 3x3 convolution adds
 
 
 @dataclass(frozen=True)
 class ShuffleMixerConfig:
-    """The shape of a network, and which of the published parts it has: all of them, unless for an ablation.
+    """The sizes of a network, and switches that leave out published parts for ablations.
 
-    Raises ValueError for features that are no multiple of 8, an even kernel size, a scale other than 2, 3, 4,
-    any number below 1, or a switch that is no bool.
+    Raises ValueError for features that are not a multiple of 8, an even kernel size, a scale other than 2, 3, 4,
+    any number below 1, or a switch that is not a bool.
     """
 
     features: int
@@ -26,10 +26,10 @@ class ShuffleMixerConfig:
     blocks: int = 5
     mlp_ratio: int = 2
     scale: int = 4
-    shuffle: bool = True  # channel shuffle after each split MLP; without effect where split is False
+    shuffle: bool = True  # channel shuffle after each split MLP; no effect if split is False
     split: bool = True  # MLPs on half of the channels; False: on all, features * mlp_ratio wide inside, no shuffle
-    fused: bool = True  # the 3x3 convolution after each pair of layers; False: left out, with its skip
-    norm: bool = True  # layer norm before each MLP; False: none
+    fused: bool = True  # the 3x3 and 1x1 convolutions after each pair of layers, and their skip
+    norm: bool = True  # layer norm before each MLP
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -48,9 +48,9 @@ class ShuffleMixerConfig:
 
     @staticmethod
     def preset(name: str, scale: int, **changes: Any) -> ShuffleMixerConfig:
-        """Give the published network `name` ("tiny" or "base") at `scale`, with `changes` of other fields.
+        """Return the published configuration `name` ("tiny" or "base") at `scale`, with other fields set by `changes`.
 
-        Raises ValueError for another name or impossible changes.
+        Raises ValueError for an unknown name or impossible changes.
         """
         if name not in PRESETS:
             raise ValueError(f"model must be one of {', '.join(PRESETS)}, got {name!r}")

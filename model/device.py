@@ -1,17 +1,20 @@
-"""The device that a command computes on."""
+"""The option `--device` of commands."""
 
 import click
 import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """Give the device called `name`, "auto" being CUDA where there is one; click.BadParameter for another."""
+    """Return the device named `name`; "auto" selects CUDA if available.
+
+    Raises click.BadParameter for a device that does not exist or cannot compute.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        (torch.zeros(1, device=device) + 1).item()  # "meta" has memory in name only
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # torch asserts where built without CUDA
+        (torch.zeros(1, device=device) + 1).item()  # "meta" has no memory to compute with
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # builds without CUDA assert
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise click.BadParameter(f"cannot use {name!r}: {reason}", param_hint="'--device'") from error
     return device

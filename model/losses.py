@@ -1,8 +1,8 @@
-"""Training losses between a network's output and the true image, alone and added up.
+"""Training losses between a network's output and the HR image, and their weighted sum.
 
-Tensors are RGB in [0, 1], floating point, (N, 3, H, W), of one shape; every loss is a scalar.
-All compute in float32 or better, even under autocast: bfloat16 has too few digits to average small differences, and
-half-precision FFTs take powers of two only, and overflow. A NaN in either image makes each loss NaN.
+Images are RGB in [0, 1], floating point (N, 3, H, W), of equal shape; every loss is a scalar tensor.
+Losses are computed in float32 or better, even under autocast: bfloat16 is too coarse to average small differences, and
+half-precision FFTs overflow and take only powers of two. A NaN in either image makes every loss NaN.
 The default sum is the published training loss (Sun et al., "ShuffleMixer", NeurIPS 2022): L = L1 + 0.1 · FFT.
 """
 
@@ -20,7 +20,7 @@ CHARBONNIER_EPS = 1e-3
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The weight of each loss in the sum, by the names of the functions here; 0 leaves a loss out.
+    """Weights of the losses in the sum, named after the functions below; a loss of weight 0 is not computed.
 
     Raises ValueError for a negative or non-finite weight, and if all are 0.
     """
@@ -40,9 +40,9 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class Losses:
-    """Scalar tensors: `total` is what to minimise.
+    """`total`, the scalar to minimise, and its `parts` for logging.
 
-    `parts` are to be logged: unweighted and detached, those with a weight above 0, in the order of `LossConfig`.
+    `parts` holds the losses with a weight above 0, unweighted and detached, in the order of `LossConfig`.
     """
 
     total: Tensor
@@ -50,50 +50,47 @@ class Losses:
 
 
 def l1(sr: Tensor, hr: Tensor) -> Tensor:
-    """Mean of |sr − hr|. Raises ValueError for unequal shapes."""
-    return _Pair(sr, hr).l1()
+    """Return the mean of |sr − hr|; ValueError for unequal shapes."""
+    return _Comparison(sr, hr).l1()
 
 
 def charbonnier(sr: Tensor, hr: Tensor) -> Tensor:
-    """Mean of √((sr − hr)² + ε²) with ε = 1e-3: L1, made smooth around 0; ε for equal images.
+    """Return the mean of √((sr − hr)² + ε²) with ε = 1e-3: L1 made smooth around 0, ε for equal images.
 
     Source: Lai et al., "Deep Laplacian Pyramid Networks", CVPR 2017, after Charbonnier et al., ICIP 1994.
     Raises ValueError for unequal shapes.
     """
-    return _Pair(sr, hr).charbonnier()
+    return _Comparison(sr, hr).charbonnier()
 
 
 def fft(sr: Tensor, hr: Tensor) -> Tensor:
-    """Mean absolute difference between the real and imaginary parts of the unnormalised `rfft2(sr)` and `rfft2(hr)`.
+    """Return the mean absolute difference of the real and imaginary parts of `rfft2(sr)` and `rfft2(hr)`.
 
-    Source: ShuffleMixer's published training code. Raises ValueError for unequal shapes.
+    The transforms are unnormalised, as in ShuffleMixer's published training code. Raises ValueError for unequal shapes.
     """
-    return _Pair(sr, hr).fft()
+    return _Comparison(sr, hr).fft()
 
 
 def fft_amplitude(sr: Tensor, hr: Tensor) -> Tensor:
-    """Mean of ||rfft2(sr)| − |rfft2(hr)||, unnormalised: blind to phases, so shifting an image in a circle is free.
+    """Return the mean of ||rfft2(sr)| − |rfft2(hr)||, unnormalised. Phases, hence circular shifts, do not count.
 
     Source: Fuoli et al., "Fourier Space Losses for Efficient Perceptual Image Super-Resolution", ICCV 2021, without
-    their window and phases. Where an amplitude of `sr` is 0, its gradient is 0. Raises ValueError for unequal shapes.
+    their window and phase term. Amplitudes of `sr` that are 0 get gradient 0. Raises ValueError for unequal shapes.
     """
-    return _Pair(sr, hr).fft_amplitude()
+    return _Comparison(sr, hr).fft_amplitude()
 
 
 def combined(sr: Tensor, hr: Tensor, config: LossConfig) -> Losses:
-    """Give the weighted sum of the losses that `config` weighs above 0; no other is computed.
-
-    Raises ValueError for unequal shapes.
-    """
-    pair = _Pair(sr, hr)
+    """Return the sum of the losses as weighted by `config`; ValueError for unequal shapes."""
+    pair = _Comparison(sr, hr)
     weights = {name: weight for name, weight in asdict(config).items() if weight > 0}
     parts: dict[str, Tensor] = {name: getattr(pair, name)() for name in weights}
     total = torch.stack([weight * parts[name] for name, weight in weights.items()]).sum()
     return Losses(total, {name: part.detach() for name, part in parts.items()})
 
 
-class _Pair:
-    """Two images with what the losses share of them, each made when first asked for: two transforms at most."""
+class _Comparison:
+    """Two images, with their difference and spectra shared by the losses; spectra are computed once, on demand."""
 
     def __init__(self, sr: Tensor, hr: Tensor) -> None:
         if sr.shape != hr.shape:
@@ -104,7 +101,7 @@ class _Pair:
 
     @cached_property
     def difference_spectrum(self) -> Tensor:
-        # The transform is linear: that of the difference is the difference of both, with its small digits kept.
+        # The FFT is linear: the spectrum of the difference is the difference of the spectra, but loses no digits.
         return _rfft2(self.difference)
 
     @cached_property
@@ -121,7 +118,7 @@ class _Pair:
         return torch.view_as_real(self.difference_spectrum).abs().mean()
 
     def fft_amplitude(self) -> Tensor:
-        # The complex `abs` has gradient 0 at 0, where √(re² + im²) would give NaN.
+        # At 0 the complex `abs` has gradient 0; √(re² + im²) would have NaN.
         sr_spectrum = self.hr_spectrum + self.difference_spectrum
         return (sr_spectrum.abs() - self.hr_spectrum.abs()).abs().mean()
 

@@ -1,4 +1,4 @@
-"""Networks run with the compiled kernel and without it, for the tests that compare both."""
+"""Run networks with and without the compiled mixing kernel, and compare the results."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from model.cpu import fused
+from model.cpu import mixing_kernel, operations
 from model.shufflemixer import ShuffleMixer
+
+needs_mixing_kernel = pytest.mark.skipif(
+    mixing_kernel.extension is None, reason="the mixing kernel is not built, or not for this processor"
+)
 
 
 def small_network(**changes: Any) -> ShuffleMixer:
-    """A network that the kernel takes, with weights unlike those that networks start with."""
+    """Return a network that the kernel takes; all weights are random, also those that start as 0 or 1."""
     torch.manual_seed(0)
     network = ShuffleMixer(**({"features": 32, "kernel_size": 3, "blocks": 1, "scale": 2} | changes))
     with torch.no_grad():
@@ -26,44 +31,44 @@ def small_network(**changes: Any) -> ShuffleMixer:
 
 @contextmanager
 def kernel_off() -> Iterator[None]:
-    """Have everything run by plain operations."""
-    kernel, fused.kernel = fused.kernel, None
+    """Switch the compiled kernel off."""
+    extension, mixing_kernel.extension = mixing_kernel.extension, None
     try:
         yield
     finally:
-        fused.kernel = kernel
+        mixing_kernel.extension = extension
 
 
 @contextmanager
-def counted() -> Iterator[list[str]]:
-    """Collect the names of the fused operations that run forward."""
+def kernel_calls() -> Iterator[list[str]]:
+    """Collect the names of the operations whose forward pass runs on the kernel."""
     names: list[str] = []
-    apply = fused.apply
+    apply = operations.apply
 
-    def noted(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    def recorded(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
         names.append(function.__name__)
         return apply(function, *arguments)
 
-    fused.apply = noted
+    operations.apply = recorded
     try:
         yield names
     finally:
-        fused.apply = apply
+        operations.apply = apply
 
 
 def step(network: nn.Module, lr: Tensor) -> list[Tensor | None]:
-    """Output, and gradients of the input and of all weights."""
-    torch.manual_seed(1)  # for what is random in the network
+    """Return the output, and the gradients of the input and all weights."""
+    torch.manual_seed(1)  # for dropout
     network.zero_grad()
     lr = lr.clone().requires_grad_()
     out = network(lr)
-    slope = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape).sin()
-    torch.autograd.backward(out, slope)
+    grad_out = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape).sin()
+    torch.autograd.backward(out, grad_out)
     return [out.detach(), lr.grad, *(parameter.grad for parameter in network.parameters())]
 
 
 def outcome(work: Callable[[], list[Tensor | None]]) -> list[Tensor | None] | str:
-    """What work returns, or the kind of its error."""
+    """Return the result of `work`, or the name of its exception."""
     try:
         return work()
     except Exception as error:
@@ -71,7 +76,7 @@ def outcome(work: Callable[[], list[Tensor | None]]) -> list[Tensor | None] | st
 
 
 def assert_same(got: list[Tensor | None] | str, expected: list[Tensor | None] | str, what: str = "") -> None:
-    """Compare outcomes: the same errors, or the same values up to rounding."""
+    """Check that outcomes are the same exceptions, or the same values up to rounding."""
     if isinstance(got, str) or isinstance(expected, str):
         assert isinstance(got, str) == isinstance(expected, str), f"{what}: {got!r} instead of {expected!r}"
         assert got == expected, what
@@ -85,8 +90,8 @@ def assert_same(got: list[Tensor | None] | str, expected: list[Tensor | None] | 
 
 
 def compare(network: nn.Module, lr: Tensor, what: str = "", restore: bool = True) -> list[Tensor | None] | str:
-    """Check that a network gives the same with the kernel and without; return what it gives."""
-    state = copy.deepcopy(network.state_dict())  # of what a step changes besides gradients
+    """Check that a network has the same outcome with and without the kernel; return it."""
+    state = copy.deepcopy(network.state_dict())  # buffers may change in a step
     got = outcome(lambda: step(network, lr))
     if restore:
         network.load_state_dict(state)

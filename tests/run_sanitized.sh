@@ -26,7 +26,7 @@ export PYTHONMALLOC=malloc PYTHONPATH=$place # every object is watched, and test
 
 shopt -s nullglob
 if (($# == 0)); then
-    set -- tests/*/test_{sanitized,tiles,imresize,fused,dataset,batches}.py tests/*/test_*_kernel.py
+    set -- tests/*/test_{sanitized,tiles,imresize,mixing_operations,dataset,batches}.py tests/*/test_*_kernel.py
 fi
 status=0
 LD_PRELOAD=$preload "$python" -m pytest -m "not long" -p no:cacheprovider --capture=sys \

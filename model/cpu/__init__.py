@@ -1,1 +1,1 @@
-"""The fused CPU operations of the network: the compiled kernel, its fallback, and where it may stand in."""
+"""The compiled mixing kernel, which computes unedited parts of the network on the CPU, and its fallback."""

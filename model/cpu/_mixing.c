@@ -1,9 +1,9 @@
-/* The parts of ShuffleMixer that work pixel by pixel, fused: the compiled twins of what model.cpu.fused describes.
+/* The mixing kernel: ShuffleMixer's pixel-wise operations. model.cpu.operations has the same in torch's operations.
 
-   Images are float32, channels last. A block of pixels goes through norm, matrix products and SiLU while it is in the
-   cache, so that nothing between an operation's input and its output is ever written to memory; the backward passes
-   compute it again. Work is cut into parts that depend on shapes alone, each with sums of gradients of its own, which
-   are added in order: results do not depend on the number of threads. Threads are those of the caller's OpenMP. */
+   Images are float32, channels last. A block of pixels passes through norm, matrix products and SiLU while it is in
+   cache, so intermediate values never reach memory; the backward passes compute them again. Work is divided into parts
+   by shape alone. Each part sums its own gradients of the weights, and these sums are added in order, so results do not
+   depend on the number of threads. Threads come from the caller's OpenMP. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -16,29 +16,30 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { PIXELS = 64, PARTS = 16, BAND = 32, GROUPS = 8, IN_HALF = GROUPS / 2 };
-enum { COLOURS = 3, TAPS = 9, TAIL = 32 }; /* values of the 3x3 convolution to RGB, TAPS * COLOURS, rounded up */
+enum { COLOURS = 3, TAPS = 9, TAIL = 32 }; /* TAPS * COLOURS values of the 3x3 convolution to RGB, rounded up */
 
 typedef float Four __attribute__((vector_size(16)));
 
 typedef struct {
-    const float *x, *other, *skip; /* `other`: the output's gradient, where there is one */
-    float *out, *sums;             /* `sums`: gradients of weights, for each part */
-    const float *weights;          /* packed by the callers below */
+    const float *x, *other, *skip; /* `other`: the gradient of the output, or NULL */
+    float *out, *sums;             /* `sums`: gradients of weights, one set per part */
+    const float *weights;          /* packed as Mix and Places below describe */
     int64_t images, height, width, channels, hidden, factor, kernel;
-    int64_t size;           /* floats in the sums of a part */
-    const float *tail_bias; /* NULL where there is no tail */
+    int64_t size;           /* floats in the sums of one part */
+    const float *tail_bias; /* NULL without a tail */
 } Work;
 
 typedef void Part(const Work *, int64_t part, int64_t parts, float *scratch);
 
-/* What a mix needs of its weights: norm (C), MLP in (half, hidden), bias, MLP out (hidden, half) and bias, these two
-   in the order of the output; and, for the backward pass, both matrices the other way. */
+/* Weights of a mix: norm (C), first matrix (half, hidden) and bias, second matrix (hidden, half) and bias, these two
+   in the order of the shuffled output; for the backward pass, both matrices transposed. */
 typedef struct {
     const float *norm, *in, *in_bias, *out, *out_bias, *in_back, *out_back;
 } Mix;
 
-/* Weights of an enlargement: for each of factor^2 places a matrix (in, out), then biases, then the matrices (out, in);
-   the tail's as a matrix (C, TAIL) that makes of each pixel what it gives to its 9 neighbours, and the other way. */
+/* Weights of an enlargement: a matrix (in, out) for each of the factor^2 output pixels of an input pixel, their biases,
+   and the matrices transposed; the tail as a matrix (C, TAIL) that gives what a pixel contributes to its 9 neighbours,
+   and its transpose. */
 typedef struct {
     const float *in, *bias, *back, *tail, *tail_back;
 } Places;
@@ -46,13 +47,13 @@ typedef struct {
 typedef struct {
     Part *part;
     const Work *work;
-    int64_t parts, room; /* `room`: floats of scratch for a thread */
+    int64_t parts, room; /* `room`: floats of scratch per thread */
     float *scratch;
     atomic_llong next, threads;
 } Job;
 
 typedef void Parallel(void (*)(void *), void *, unsigned, unsigned);
-static Parallel *parallel; /* GOMP_parallel of the OpenMP that torch uses: a pool of our own would fight it */
+static Parallel *parallel; /* GOMP_parallel of the OpenMP that torch uses: a second thread pool would compete with it */
 
 static void add_parts(float *to, const float *sums, int64_t parts, int64_t size)
 {
@@ -70,7 +71,7 @@ static void run_parts(void *data)
         job->part(job->work, i, job->parts, scratch);
 }
 
-/* a * b and a + b of sizes; -1 if the result or an operand is not a size. */
+/* a * b and a + b of sizes; -1 if an operand is negative or the result overflows. */
 static int64_t times(int64_t a, int64_t b)
 {
     int64_t result;
@@ -83,7 +84,7 @@ static int64_t plus(int64_t a, int64_t b)
     return a < 0 || b < 0 || __builtin_add_overflow(a, b, &result) ? -1 : result;
 }
 
-/* Do all parts, and add what they summed into `sums`, in order. Returns 0 where memory is lacking. */
+/* Run all parts, then add their sums into `sums`, in order. Returns 0 if out of memory. */
 static int run(Part *part, Work *work, int64_t parts, int64_t room, int threads, float *sums)
 {
     if (!parallel)
@@ -108,7 +109,7 @@ static int run(Part *part, Work *work, int64_t parts, int64_t room, int threads,
     return fits;
 }
 
-/* ---- One version for each kind of processor ---- */
+/* ---- One version per instruction set ---- */
 
 typedef struct {
     Part *mix, *mix_backward, *project, *project_backward, *enlarge, *enlarge_to_rgb, *enlarge_backward, *depthwise;
@@ -123,7 +124,7 @@ typedef struct {
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #define NAMED(name) name##_v4
 #define LANES 16
-#define ROWS 8 /* of a tile in registers, and vectors in a row */
+#define ROWS 8 /* of a tile in registers; WIDE: vectors in each row */
 #define WIDE 2
 #include "_mixing_parts.h"
 static const Version version_v4 = VERSION;
@@ -148,7 +149,7 @@ static const Version version_v3 = VERSION;
 #pragma GCC pop_options
 #endif
 
-/* The version with the longest vectors that this processor has, up to `lanes` of them; NULL where torch is to do it. */
+/* The version with the longest vectors that the processor has, of at most `lanes` floats; NULL if it has none. */
 static const Version *pick(int *lanes)
 {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -171,9 +172,9 @@ static const Version *pick(int *lanes)
 
 static const Version *version;
 
-/* ---- What Python calls. Arrays are buffers, checked here against the sizes: no call can read or write beyond one ---- */
+/* ---- Functions for Python. They check every buffer against the sizes, so no call reads or writes outside one ---- */
 
-/* Channels: a line of them is on the stack. Threads: libgomp ends the process if it cannot start them. */
+/* Channels: one pixel is kept on the stack. Threads: libgomp ends the process if it cannot start them. */
 enum { STEP = 32, MOST_CHANNELS = 2048, MOST_THREADS = 1024, ARRAYS = 6 };
 
 typedef struct {
@@ -187,8 +188,8 @@ static void release(Held *held)
         PyBuffer_Release(&held->views[--held->count]);
 }
 
-/* Point `to` at the floats of a C-contiguous float32 buffer of exactly `floats`, released with `held`; NULL for None,
-   if that is allowed. Returns 0, with an exception set, for anything else. */
+/* Point `to` at a C-contiguous float32 buffer of exactly `floats` values, to be released with `held`; at NULL for None,
+   if `optional`. Returns 0, with an exception set, for anything else. */
 static int take(Held *held, PyObject *array, const char *name, int64_t floats, int writable, int optional, float **to)
 {
     *to = NULL;
@@ -220,7 +221,7 @@ static int take(Held *held, PyObject *array, const char *name, int64_t floats, i
     return 1;
 }
 
-/* Whether a size is a multiple of `step` from `step` to `most`; else an exception is set. */
+/* Returns 1 if a size is a multiple of `step` from `step` to `most`; else 0, with an exception set. */
 static int fits(const char *name, long long value, long long step, long long most)
 {
     if (value >= step && value <= most && value % step == 0)
@@ -239,7 +240,7 @@ static int ready(int threads)
     return fits("threads", threads, 1, MOST_THREADS);
 }
 
-/* What a function returns: None if memory sufficed. */
+/* Release the buffers; return None, or set MemoryError if memory was not enough. */
 static PyObject *done(Held *held, int enough)
 {
     release(held);
@@ -263,7 +264,7 @@ static PyObject *start(PyObject *module, PyObject *args)
     Py_DECREF(path);
     void *found = library ? dlsym(library, "GOMP_parallel") : NULL;
     if (library)
-        dlclose(library); /* it stays loaded: its own user holds it */
+        dlclose(library); /* torch keeps it loaded */
     memcpy(&parallel, &found, sizeof parallel);
     version = pick(&lanes);
     if (!found)

@@ -1,7 +1,8 @@
-/* The work of _mixing.c on vectors: included once for each kind of processor, which NAMED puts into every name.
+/* The vector code of _mixing.c, included once for each instruction set, whose suffix NAMED adds to every name.
 
-   It gives the vectors' LANES, and ROWS and WIDE, the rows and vectors of a tile of a matrix that registers hold.
-   target_clones would not do: the compiler makes them when it has cut vectors to the oldest processor's size. */
+   The includer defines LANES, the floats in a vector, and ROWS and WIDE, the rows of a matrix tile in registers and the
+   vectors in each row. target_clones would not work: it clones functions after the compiler has already split vectors
+   to the size of the oldest instruction set. */
 
 #define V NAMED(V)
 #define I NAMED(I)
@@ -33,7 +34,7 @@
 typedef float V __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
 
-/* Two vectors of channels by turns of 4, and two such of which each is one half. */
+/* LOW and HIGH interleave two vectors in groups of 4 channels; FIRST and SECOND undo this. */
 #if LANES == 16
 #define LOW (I){0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23}
 #define HIGH (I){8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31}
@@ -75,7 +76,7 @@ INLINE V total(V v)
     return v;
 }
 
-/* Lane by lane, `yes` where all bits of `which` are set, `no` where none is. */
+/* In each lane, `yes` if all bits of `which` are set, `no` if none is. */
 INLINE V choose(I which, V yes, V no)
 {
     I a, b;
@@ -86,10 +87,10 @@ INLINE V choose(I which, V yes, V no)
     return yes;
 }
 
-/* 1 / (1 + exp(-x)). exp is 2^n * exp(r), |r| <= ln 2 / 2, with the polynomial of the Cephes library for exp(r). */
+/* 1 / (1 + exp(-x)): exp(t) = 2^n * exp(r), |r| <= ln 2 / 2, with the Cephes library's polynomial for exp(r). */
 INLINE V sigmoid(V x)
 {
-    const V high = splat(87.0f), magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
+    const V high = splat(87.0f), magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
     const V t = choose(x > high, -high, choose(x < -high, high, -x));
     const V n = (t * 1.44269504f + magic) - magic;
     V r = t - n * 0.693359375f;
@@ -106,9 +107,9 @@ INLINE V sigmoid(V x)
     return 1.0f / (1.0f + p * scale);
 }
 
-/* ---- Matrix products of what is in the cache ---- */
+/* ---- Matrix products in cache ---- */
 
-/* c[r, :] (+)= sum over i of a[r * a_row + i * a_step] * b[i, :], for a tile of c that lives in registers. */
+/* c[r, :] (+)= sum over i of a[r * a_row + i * a_step] * b[i, :], for a tile of c that fits in registers. */
 INLINE void tile(int rows, int vectors, int64_t depth, const float *a, int64_t a_row, int64_t a_step, const float *b,
                  int64_t b_row, const float *bias, int add, float *c, int64_t c_row)
 {
@@ -138,7 +139,7 @@ INLINE void tile(int rows, int vectors, int64_t depth, const float *a, int64_t a
             store(c + r * c_row + v * LANES, sum[r][v]);
 }
 
-/* All rows of `vectors` vectors of columns. */
+/* `tile` for all rows, and for `vectors` vectors of columns. */
 INLINE void columns_of(int vectors, int64_t rows, int64_t depth, const float *a, int64_t a_row, int64_t a_step,
                        const float *b, int64_t b_row, const float *bias, int add, float *c, int64_t c_row)
 {
@@ -149,7 +150,7 @@ INLINE void columns_of(int vectors, int64_t rows, int64_t depth, const float *a,
         tile(1, vectors, depth, a + r * a_row, a_row, a_step, b, b_row, bias, add, c + r * c_row, c_row);
 }
 
-/* c (rows, columns) = a b + bias, or c += a b; `columns` is a multiple of LANES; `a` may be transposed by steps. */
+/* c (rows, columns) = a b + bias, or c += a b; `columns` is a multiple of LANES. a_row and a_step may transpose `a`. */
 static void multiply(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t a_row, int64_t a_step,
                      const float *b, int64_t b_row, const float *bias, int add, float *c, int64_t c_row)
 {
@@ -178,7 +179,7 @@ static void silu(float *to, const float *from, int64_t count)
     }
 }
 
-/* act = SiLU(x), slope *= SiLU'(x), for rows of which those of `slope` may be apart. */
+/* act = SiLU(x), to = slope * SiLU'(x); rows of `slope` are slope_row apart, other rows contiguous. */
 static void silu_backward(float *act, float *to, const float *slope, int64_t slope_row, const float *from,
                           int64_t rows, int64_t columns)
 {
@@ -193,8 +194,8 @@ static void silu_backward(float *act, float *to, const float *slope, int64_t slo
 
 /* ---- Norm, MLP on half of the channels, shuffle, skip ---- */
 
-/* Both halves of channels, the second in the order of the output: channel d * 4 + g of each is from g * quarter + d,
-   and the output takes 4 of the first and 4 of the second by turns. */
+/* Shuffle half of the channels: channel d * 4 + g comes from g * quarter + d. From two halves in this order, the output
+   of the shuffle takes 4 channels of the first and 4 of the second in turn. */
 INLINE void reorder(float *to, const float *from, int64_t quarter)
 {
 #if LANES == 16
@@ -240,7 +241,7 @@ static Mix mix_of(const float *weights, int64_t channels, int64_t hidden)
     return (Mix){weights, in, in + matrix, out, out + matrix, out + matrix + half, out + 2 * matrix + half};
 }
 
-/* Normalised values of a pixel into `to`; 1 / deviation returned. */
+/* Write the normalised values of a pixel to `to`; return 1 / standard deviation in all lanes. */
 INLINE V normalise(float *to, const float *x, int64_t channels)
 {
     V sum = {0}, squares = {0};
@@ -262,7 +263,7 @@ INLINE void mix_block(const Work *work, const Mix *mix, int64_t start, int64_t c
 {
     const int64_t half = channels / 2, hidden = work->hidden;
     float *first = scratch, *second = first + PIXELS * half, *inner = second + PIXELS * half;
-    float *mixed = first; /* which is done with by then */
+    float *mixed = first; /* `first` is no longer needed by then */
     const float *x = work->x + start * channels;
     float normed[channels], *out = work->out + start * channels;
 
@@ -408,7 +409,7 @@ static void NAMED(project_part_backward)(const Work *work, int64_t part, int64_t
     }
 }
 
-/* ---- Enlargement: matrix, pixel shuffle, SiLU; and the 3x3 convolution to RGB that may follow ---- */
+/* ---- Enlargement: matrix, pixel shuffle, SiLU; then, with a tail, the 3x3 convolution to RGB ---- */
 
 static Places places_of(const Work *work)
 {
@@ -425,7 +426,7 @@ INLINE Four load_four(const float *from)
     return value;
 }
 
-/* Values of the tail for the places (first_row, ...) of a line of pixels, into lines of a ring. */
+/* Compute the tail's values for output lines from_row to to_row of a line of input pixels, into lines of the ring. */
 INLINE void tail_values(const Work *work, const Places *places, const float *x, int64_t from_row, int64_t to_row,
                         float *ring, int64_t ring_row, float *act)
 {
@@ -445,7 +446,7 @@ INLINE void tail_values(const Work *work, const Places *places, const float *x, 
     }
 }
 
-/* A band of lines; those beside it are computed too, as far as the 3x3 convolution reaches. */
+/* A band of lines. Neighbouring lines are computed too, as far as the 3x3 convolution reaches. */
 static void NAMED(enlarge_to_rgb_part)(const Work *work, int64_t part, int64_t parts, float *scratch)
 {
     const int64_t height = work->height, width = work->width, channels = work->channels, factor = work->factor;
@@ -454,7 +455,7 @@ static void NAMED(enlarge_to_rgb_part)(const Work *work, int64_t part, int64_t p
     const Places places = places_of(work);
     const float *x = work->x + image * height * width * channels;
     float *out = work->out + image * height * factor * wide * COLOURS;
-    float *ring = scratch + PIXELS * channels; /* two lines of pixels, `factor` lines of values each */
+    float *ring = scratch + PIXELS * channels; /* two lines of input pixels, `factor` lines of values each */
 
     memset(ring, 0, (size_t)(2 * factor * ring_row) * sizeof *ring);
     for (int64_t y = first - 1; y <= end; y++) {
@@ -499,7 +500,7 @@ static void NAMED(enlarge_part)(const Work *work, int64_t part, int64_t parts, f
             }
 }
 
-/* The gradient of a line's output, `factor` lines of it and one on each side, with a zero pixel at each end. */
+/* Copy the output gradient of an input line: its `factor` lines and one on each side, with a zero pixel at each end. */
 static void pad_slope(const Work *work, float *to, int64_t line, int64_t to_row)
 {
     const int64_t factor = work->factor, wide = work->width * factor, tall = work->height * factor;
@@ -561,7 +562,7 @@ static void NAMED(enlarge_part_backward)(const Work *work, int64_t part, int64_t
 
 /* ---- Gradients of the weights of depth-wise convolutions ---- */
 
-/* One line of the gradient against one line of the input, for 2 * LANES channels; `sums` holds a row of the kernel. */
+/* Correlate a line of the gradient and a line of the input, for 2 * LANES channels; `sums` is a row of the weights. */
 INLINE void correlate(float *sums, const float *x, const float *slope, int64_t width, int64_t channels, int kernel)
 {
     const int64_t reach = kernel / 2;
@@ -583,7 +584,7 @@ INLINE void correlate(float *sums, const float *x, const float *slope, int64_t w
     for (int k = 0; k < kernel; k++)
         for (int v = 0; v < 2; v++)
             store(sums + k * channels + v * LANES, sum[k][v]);
-    for (int64_t i = 0; i < width; i++) { /* the ends, where the kernel reaches beyond the line */
+    for (int64_t i = 0; i < width; i++) { /* the ends, where the convolution reaches beyond the line */
         if (i == reach && width - reach > i)
             i = width - reach;
         for (int64_t k = 0; k < kernel; k++)

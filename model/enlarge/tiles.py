@@ -16,7 +16,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from model.parts import ChannelNorm, PointMlp
+from model.layers import ChannelNorm, PointMlp
 from model.shufflemixer import FeatureMixingBlock, ShuffleMixer, ShuffleMixerLayer
 
 Forward = Callable[[Tensor], Tensor]

@@ -15,7 +15,7 @@ import numpy as np
 from loader import ImageDataset
 from loader.errors import ShardsError, one_line
 from loader.resize.imresize import imresize
-from model.metrics import Image, too_small
+from model.metrics import Image, size_error
 from prep.images.decode import read_image
 from prep.images.find import ImageFile, find_images
 from prep.images.pair import check_sizes, pair_lr
@@ -73,7 +73,7 @@ def large_enough(pairs: Iterable[Pair], border: int, leave_out: LeaveOut) -> Ite
     """Give the pairs that can be scored inside a border; `leave_out` is told of the others."""
     for pair in pairs:
         height, width = pair.hr.shape[:2]
-        if (lack := too_small(height, width, border)) is None:
+        if (lack := size_error(height, width, border)) is None:
             yield pair
         else:
             leave_out(pair.name, lack)

@@ -1,1 +1,1 @@
-"""Files written by `torch.save`, read as data: nothing in them is imported or called."""
+"""Files written by `torch.save`, read as data: nothing that they name is imported or called."""

@@ -1,8 +1,8 @@
-"""Files of `torch.save`, which may come from anyone: looked at as a whole before a tensor is allocated.
+"""The ZIP archive that `torch.save` writes, checked before any tensor is allocated: it may come from a stranger.
 
-They are ZIP archives whose records are stored as they are, one with a pickle and one for each storage of values.
-`Archive` refuses everything that torch does not write (compression, overlaps, checksums that do not fit), and reads a
-tensor only when asked for it: first compare its description with what is wanted, then have it read.
+Its records are uncompressed: one pickle, and one record for each storage of values. `Archive` refuses what torch does
+not write (compression, overlaps, wrong checksums). It reads tensors only on request, so that callers can compare their
+descriptions with what they expect first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,33 +19,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loader.errors import ShardsError
 from loader.system.safefile import open_named
-from model.torchfile.pickled import MAX_BYTES, Storage, StoredTensor, read_pickle
+from model.torchfile.stored import Storage, StoredTensor
+from model.torchfile.unpickle import MAX_BYTES, read_pickle
 
-MAX_FILE = 1 << 30  # bytes; a run's checkpoint has 16 for each parameter
+MAX_FILE = 1 << 30  # bytes; a training checkpoint has 16 for each parameter
 LOCAL_HEADER = 30  # bytes before a record's name
 CHUNK = 1 << 20
 ENCRYPTED = 1
-LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch before 1.6 began its files so
+LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # start of files by torch before 1.6
 
 
-class ArchiveError(ValueError):
+class ArchiveError(ShardsError):
     """A file that `torch.save` did not write, or that was damaged since."""
 
 
 class _Bounded(io.FileIO):
-    """A file that gives little at once: the directory of an archive is read as a whole."""
+    """A file with limited reads: zipfile reads the directory of an archive at once, however large it claims to be."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or size < 0:
             size = os.fstat(self.fileno()).st_size - self.tell()
         if size > MAX_BYTES:
-            raise ArchiveError(f"a part of more than {MAX_BYTES} bytes where torch writes a small one")
+            raise ArchiveError(f"expected an archive directory of at most {MAX_BYTES} bytes, got {size}")
         return super().read(max(size, 0)) or b""
 
 
 class Archive:
-    """An open file of `torch.save`: its `content`, with a StoredTensor for each tensor."""
+    """An open `torch.save` file: its `content`, with a StoredTensor in place of each tensor."""
 
     def __init__(self, file: _Bounded) -> None:
         self._zip = zipfile.ZipFile(file)
@@ -59,13 +61,13 @@ class Archive:
         self.content: Any = read_pickle(self._small("data.pkl"))
 
     def read(self, tensor: StoredTensor) -> Tensor:
-        """Read a tensor to the CPU, with the strides of the file; it shares its memory with no other."""
+        """Read a tensor onto the CPU, with the strides of the file and memory of its own."""
         return self.read_all([tensor])[0]
 
     def read_all(self, tensors: Iterable[StoredTensor]) -> list[Tensor]:
-        """Read tensors to the CPU; those that share a storage in the file share their memory.
+        """Read tensors onto the CPU; tensors that share a storage in the file share memory.
 
-        Raises ArchiveError where a record has another size than its storage, or its checksum does not fit.
+        Raises ArchiveError if a record's size is not that of its storage, or its checksum is wrong.
         """
         storages: dict[Storage, Tensor] = {}
         read = []
@@ -75,8 +77,14 @@ class Archive:
             read.append(storages[tensor.storage].as_strided(tensor.shape, tensor.stride, tensor.offset))
         return read
 
-    def check_sums(self) -> None:
-        """Compare all records with their checksums, a little at a time; ArchiveError for one that does not fit."""
+    def read_content(self) -> Any:
+        """Return `content` with every StoredTensor replaced by its tensor; raises as `read_all` does."""
+        stored: dict[int, StoredTensor] = {}
+        _collect_tensors(self.content, stored)
+        return _with_tensors(self.content, dict(zip(stored, self.read_all(stored.values()), strict=True)))
+
+    def verify_checksums(self) -> None:
+        """Verify the checksums of all records, in chunks; ArchiveError if one is wrong."""
         for name in self._records:
             for _ in self._chunks(name):
                 pass
@@ -95,7 +103,7 @@ class Archive:
             at += len(chunk)
         if not values:
             return torch.empty(0, dtype=storage.dtype)
-        if storage.dtype == torch.bool:  # a byte other than 0 and 1 is no bool
+        if storage.dtype == torch.bool:  # bytes other than 0 and 1 are not valid bools
             return torch.frombuffer(values, dtype=torch.uint8) != 0
         return torch.frombuffer(values, dtype=storage.dtype)
 
@@ -119,12 +127,13 @@ class Archive:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Archive]:
-    """Open a file of `torch.save`, a link to one too.
+def open_archive(path: Path) -> Iterator[Archive]:
+    """Open a `torch.save` file; symbolic links are followed.
 
     Raises:
-        ValueError, zipfile.BadZipFile, NotImplementedError, EOFError: it is none, or damaged.
-        OSError: it cannot be opened or read.
+        ArchiveError, PickleError, ValueError, zipfile.BadZipFile, NotImplementedError, EOFError: not a `torch.save`
+            file, or a damaged one.
+        OSError: the file cannot be opened or read.
     """
     with _Bounded(open_named(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -137,7 +146,7 @@ def opened(path: Path) -> Iterator[Archive]:
 
 
 def _records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
-    """The records of an archive by name, each stored as it is, in a place of its own."""
+    """Return the records of an archive by name, checked to be uncompressed and not to overlap."""
     infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     ends = [*(info.header_offset for info in infos[1:]), min(archive.start_dir, size)]
     for info, end in zip(infos, ends, strict=True):
@@ -146,10 +155,30 @@ def _records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
             or info.flag_bits & ENCRYPTED
             or info.compress_size != info.file_size
         ):
-            raise ArchiveError("expected records that are stored as they are, got compressed or encrypted ones")
+            raise ArchiveError("expected uncompressed records, got compressed or encrypted ones")
         if info.header_offset < 0 or info.header_offset + LOCAL_HEADER + info.file_size > end:
-            raise ArchiveError("expected records one after another, got some that overlap")
+            raise ArchiveError("expected separate records, got overlapping ones")
     records = {info.filename: info for info in infos}
     if len(records) != len(infos):
-        raise ArchiveError("expected records of different names, got one twice")
+        raise ArchiveError("expected records with unique names, got a duplicate")
     return records
+
+
+def _collect_tensors(value: Any, found: dict[int, StoredTensor]) -> None:
+    """Collect the tensors in nested containers, whose depth and number `read_pickle` has limited."""
+    if isinstance(value, StoredTensor):
+        found[id(value)] = value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _collect_tensors(inner, found)
+
+
+def _with_tensors(value: Any, read: Mapping[int, Tensor]) -> Any:
+    """Copy nested containers, replacing descriptions of tensors by the tensors read."""
+    if isinstance(value, StoredTensor):
+        return read[id(value)]
+    if isinstance(value, dict):
+        return {key: _with_tensors(inner, read) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_tensors(inner, read) for inner in value)
+    return value

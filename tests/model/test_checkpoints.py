@@ -1,4 +1,4 @@
-"""Checkpoints: ours and published ones, and what is said of those that are neither."""
+"""Checkpoints: layouts, inferred and stored configurations, and clear errors for anything else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NETWORKS = [(name, scale) for name in ("tiny", "base") for scale in (2, 3, 4)]
         ShuffleMixerConfig(features=8, kernel_size=3, mlp_ratio=3, split=False, fused=False, norm=False),
     ],
 )
-def test_shape_is_told_from_the_weights(config: ShuffleMixerConfig) -> None:
+def test_config_is_inferred_from_weights(config: ShuffleMixerConfig) -> None:
     assert infer_config(ShuffleMixer.from_config(config).state_dict()) == config
 
 
@@ -54,7 +54,7 @@ def test_checkpoint_layouts(tmp_path: Path) -> None:
 
 
 class Harmful:
-    """Something that a pickle could carry: reading it would call a function."""
+    """An object whose unpickling calls a function."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.mkdir, (Path("srshards-pickle-was-executed"),)
@@ -93,7 +93,7 @@ def test_wrong_files_are_clear_errors(tmp_path: Path, monkeypatch: pytest.Monkey
 SMALL = {"features": 8, "kernel_size": 3, "blocks": 1}
 
 
-def test_the_network_of_a_checkpoint_is_used(tmp_path: Path) -> None:
+def test_stored_network_config_is_used(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     for changes in ({}, {"shuffle": False}, {"split": False}, {"norm": False, "fused": False}):
         network = ShuffleMixer(**SMALL, scale=3, **changes)  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ def test_the_network_of_a_checkpoint_is_used(tmp_path: Path) -> None:
         assert torch.equal(checkpoint.build()(lr), network(lr))
 
 
-def test_fields_left_out_are_the_published_ones(tmp_path: Path) -> None:
+def test_missing_fields_default_to_the_published_network(tmp_path: Path) -> None:
     weights = ShuffleMixer(8, 3).state_dict()
     config = find_config(tmp_path, {"network": {"features": 8, "kernel_size": 3}}, weights)
     assert config == ShuffleMixerConfig(8, 3)
@@ -123,7 +123,7 @@ def test_fields_left_out_are_the_published_ones(tmp_path: Path) -> None:
         (SMALL | {"scale": 4}, "the weights have scale 2, got 4"),
     ],
 )
-def test_a_wrong_network_is_a_clear_error(network: object, message: str, tmp_path: Path) -> None:
+def test_wrong_network_config_is_a_clear_error(network: object, message: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save({"params": small_network().state_dict(), "network": network}, path)
     with pytest.raises(CheckpointError, match=f"^{path}: network: {message}"):

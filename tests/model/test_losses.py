@@ -1,4 +1,4 @@
-"""The losses against their formulas, their gradients, their sum, under autocast, and their refusals."""
+"""Losses: published formulas, gradients, the weighted sum, autocast, invalid arguments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def loss_function(name: str) -> Loss:
 
 
 def expected(name: str, sr: NDArray[np.float64], hr: NDArray[np.float64]) -> float:
-    """The formula, written out with numpy's whole spectra where the loss takes halves."""
+    """Compute the published formula with numpy."""
     if name == "l1":
         return float(np.abs(sr - hr).mean())
     if name == "charbonnier":
@@ -58,7 +58,7 @@ def test_values_follow_the_published_formulas(name: str, shape: tuple[int, ...])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_those_of_the_formulas(name: str) -> None:
+def test_gradients_match_finite_differences(name: str) -> None:
     sr, hr = (image.double().requires_grad_() for image in images(1, 2, 4, 5))
     assert torch.autograd.gradcheck(loss_function(name), (sr, hr))
 
@@ -66,8 +66,8 @@ def test_gradients_are_those_of_the_formulas(name: str) -> None:
 @pytest.mark.parametrize("sr_value", [0.0, 0.5])
 @pytest.mark.parametrize("hr_value", [0.0, 0.5])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_finite_without_any_frequency(name: str, hr_value: float, sr_value: float) -> None:
-    # Amplitudes of 0, and differences of 0: what square roots and quotients make NaN of.
+def test_gradients_are_finite_for_constant_images(name: str, hr_value: float, sr_value: float) -> None:
+    # Amplitudes and differences of 0, where square roots and quotients could give NaN.
     sr = torch.full((1, 3, 8, 8), sr_value, requires_grad=True)
     value = loss_function(name)(sr, torch.full((1, 3, 8, 8), hr_value))
     (gradient,) = torch.autograd.grad(value, sr)
@@ -77,13 +77,13 @@ def test_gradients_are_finite_without_any_frequency(name: str, hr_value: float, 
         assert not gradient.any()
 
 
-def test_amplitudes_are_blind_to_circular_shifts() -> None:
+def test_amplitude_loss_ignores_circular_shifts() -> None:
     image, _ = images(1, 3, 12, 16)
     shifted = image.roll((3, 5), dims=(-2, -1))
     assert losses.fft_amplitude(shifted, image).item() < 1e-4 * fft(shifted, image).item()
 
 
-def test_losses_add_up_and_carry_gradients() -> None:
+def test_total_and_its_gradient_are_weighted_sums() -> None:
     sr, hr = images(2, 3, 8, 10)
     sr.requires_grad_()
     result = combined(sr, hr, ALL)
@@ -100,20 +100,20 @@ def test_losses_add_up_and_carry_gradients() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_weight_of_zero_leaves_a_loss_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_of_weight_zero_are_not_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sr, hr = images(1, 3, 8, 8)
 
     def refuse(self: object) -> Tensor:
-        raise AssertionError("computed, though its weight is 0")
+        raise AssertionError("computed despite a weight of 0")
 
     for other in set(NAMES) - {name}:
-        monkeypatch.setattr(losses._Pair, other, refuse)
+        monkeypatch.setattr(losses._Comparison, other, refuse)
     result = combined(sr, hr, LossConfig(**NONE | {name: 1}))
     assert list(result.parts) == [name]
     assert result.total.item() == result.parts[name].item() == loss_function(name)(sr, hr).item()
 
 
-def test_transforms_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_share_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Tensor] = []
     transform = torch.fft.rfft2
 
@@ -139,7 +139,7 @@ def test_nan_reaches_the_total(name: str, side: int) -> None:
     assert combined(*pair, ALL).total.isnan()
 
 
-def test_bfloat16_images_count_in_float32() -> None:
+def test_bfloat16_images_are_compared_in_float32() -> None:
     sr, hr = (image.bfloat16() for image in images(1, 3, 15, 21))
     sr.requires_grad_()
     result = combined(sr, hr, ALL)
@@ -152,8 +152,8 @@ def test_bfloat16_images_count_in_float32() -> None:
 
 
 @pytest.mark.parametrize("name", ["fft", "fft_amplitude"])
-def test_frequencies_are_float32_under_autocast(name: str) -> None:
-    # 15 x 21 is no power of two, and 2 summed over 200 x 200 overflows float16: half precision fails on both.
+def test_ffts_are_float32_under_autocast(name: str) -> None:
+    # Half precision fails on both: 15 x 21 is not a power of two, and 2 summed over 200 x 200 overflows float16.
     function = loss_function(name)
     sr, hr = images(1, 3, 15, 21)
     plain = function(sr, hr).item()
@@ -185,12 +185,12 @@ def test_unequal_shapes_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("weight", [-0.1, float("inf"), float("nan")])
-def test_senseless_weights_are_refused(name: str, weight: float) -> None:
+def test_invalid_weights_are_refused(name: str, weight: float) -> None:
     with pytest.raises(ValueError, match=f"the weight of {name} must be finite and at least 0, got {weight}"):
         LossConfig(**{name: weight})
 
 
-def test_no_loss_at_all_is_refused() -> None:
+def test_all_weights_zero_is_refused() -> None:
     with pytest.raises(ValueError, match=r"one of the weights of l1, charbonnier, .* must be above 0, got 0 for all"):
         LossConfig(**NONE)
     assert l1(*images(1, 3, 2, 2)) == combined(*images(1, 3, 2, 2), LossConfig(fft=0)).total

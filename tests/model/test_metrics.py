@@ -1,4 +1,4 @@
-"""PSNR, SSIM and Y against independent implementations and values worked out by hand."""
+"""PSNR, SSIM and Y, against independent implementations and hand-computed values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_luma_of_known_colours() -> None:
     colours = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]]], dtype=np.uint8)
     assert luma(colours).dtype == np.float64
     np.testing.assert_allclose(luma(colours), [[16, 235, 81.481, 144.553, 40.966]], atol=1e-10)
-    # Unrounded: MATLAB's rgb2ycbcr of uint8 would give whole numbers here.
+    # Unrounded, unlike MATLAB's rgb2ycbcr of uint8.
     grey = np.full((1, 1, 3), 100, dtype=np.uint8)
     assert luma(grey)[0, 0] == pytest.approx(16 + 219 * 100 / 255)
 
@@ -52,8 +52,8 @@ def test_score_crops_the_border_and_averages_channels() -> None:
     assert scores.psnr_rgb == psnr(inner_sr, inner_hr)
     assert scores.psnr_y == psnr(luma(inner_sr), luma(inner_hr))
     assert scores.ssim_y == ssim(luma(inner_sr), luma(inner_hr))
-    planes = [image.astype(np.float64) for image in (inner_sr, inner_hr)]
-    channels = [ssim(planes[0][..., c], planes[1][..., c]) for c in range(3)]
+    channels_of = [image.astype(np.float64) for image in (inner_sr, inner_hr)]
+    channels = [ssim(channels_of[0][..., c], channels_of[1][..., c]) for c in range(3)]
     assert scores.ssim_rgb == pytest.approx(np.mean(channels))
     changed = sr.copy()
     changed[:4], changed[:, -4:] = 0, 255
@@ -61,7 +61,7 @@ def test_score_crops_the_border_and_averages_channels() -> None:
     assert score(changed, hr, border=3) != scores
 
 
-def test_mean_of_scores() -> None:
+def test_mean_scores() -> None:
     assert mean_scores([Scores(30, 0.5, 31, 0.75), Scores(32, 1, 35, 0.25)]) == Scores(31, 0.75, 33, 0.5)
     with pytest.raises(ValueError, match="at least one image, got none"):
         mean_scores([])

@@ -1,4 +1,4 @@
-"""The network's C kernel, called directly: whatever it is given, it computes within its arrays or raises."""
+"""The mixing kernel called directly: for any arguments it stays within its arrays, or raises."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import needs_mixing_kernel
 from numpy.typing import NDArray
 
-from model.cpu import fused
+from model.cpu import mixing_kernel
 
-pytestmark = pytest.mark.skipif(fused.kernel is None, reason="the kernel is not built, or not for this processor")
+pytestmark = needs_mixing_kernel
 
 Call = dict[str, Any]  # the arguments of a call, in order
 ERRORS = (ValueError, TypeError, BufferError, OverflowError, MemoryError)
@@ -87,13 +88,13 @@ def enlarge(
     }
 
 
-def depthwise(shape: tuple[int, int, int] = (2, 3, 5), channels: int = 32, kernel: int = 3) -> Call:
+def depthwise(shape: tuple[int, int, int] = (2, 3, 5), channels: int = 32, kernel_size: int = 3) -> Call:
     image = (*shape, channels)
     sizes = dict(zip(("images", "height", "width"), shape, strict=True))
-    sums = floats((kernel**2 + 1) * channels)
+    sums = floats((kernel_size**2 + 1) * channels)
     return {"x": floats(*image), "slope": floats(*image), "sums": sums} | sizes | {
         "channels": channels,
-        "kernel": kernel,
+        "kernel_size": kernel_size,
         "threads": 2,
     }  # fmt: skip
 
@@ -114,11 +115,11 @@ every_call = pytest.mark.parametrize(("function", "make"), CALLS.values(), ids=C
 
 
 def call(function: str, arguments: Call) -> None:
-    assert getattr(fused.kernel, function)(*arguments.values()) is None
+    assert getattr(mixing_kernel.extension, function)(*arguments.values()) is None
 
 
 @every_call
-def test_right_arguments_are_taken(function: str, make: Callable[[], Call]) -> None:
+def test_valid_arguments_fill_the_outputs(function: str, make: Callable[[], Call]) -> None:
     arguments = make()
     outputs = [arguments[name] for name in ("out", "sums") if arguments.get(name) is not None]
     for output in outputs:
@@ -162,7 +163,7 @@ def test_wrong_arrays_are_refused(function: str, make: Callable[[], Call], wrong
 
 
 @every_call
-def test_arrays_that_are_missing_or_cannot_be_written_are_refused(function: str, make: Callable[[], Call]) -> None:
+def test_missing_and_read_only_arrays_are_refused(function: str, make: Callable[[], Call]) -> None:
     arguments = make()
     needed = {"x", "out", "weights", "sums"} | ({"skip"} if function == "project" else set())
     for name, array in arguments.items():
@@ -200,7 +201,7 @@ def test_wrong_sizes_are_refused(function: str, make: Callable[[], Call], value:
         ("depthwise", depthwise(), {"images": 2**32, "height": 2**32, "width": 2**59}),
     ],
 )
-def test_products_that_would_wrap_are_refused(function: str, arguments: Call, sizes: Call) -> None:
+def test_overflowing_products_are_refused(function: str, arguments: Call, sizes: Call) -> None:
     with pytest.raises(ValueError, match="expected"):
         call(function, arguments | sizes)
 
@@ -208,7 +209,7 @@ def test_products_that_would_wrap_are_refused(function: str, arguments: Call, si
 @settings(deadline=None)
 @given(data=st.data())
 def test_any_sizes_compute_or_raise(data: st.DataObject) -> None:
-    """Arrays of one call, sizes of another: nothing is read or written beyond an array (as sanitizers see)."""
+    """Arrays of one call with sizes of another; `make test-sanitized` detects accesses outside arrays."""
     function, make = CALLS[data.draw(st.sampled_from([*CALLS]))]
     arguments = make()
     small = st.integers(-2, 130)
@@ -229,14 +230,14 @@ def test_any_sizes_compute_or_raise(data: st.DataObject) -> None:
     factor=st.integers(1, 4),
     height=st.integers(1, 40),
     width=st.integers(1, 70),
-    kernel=st.sampled_from([3, 5, 7]),
+    kernel_size=st.sampled_from([3, 5, 7]),
     threads=st.integers(1, 3),
 )
-def test_all_right_sizes_stay_within_their_arrays(
-    channels: int, hidden: int, pixels: int, factor: int, height: int, width: int, kernel: int, threads: int
+def test_valid_sizes_stay_within_their_arrays(
+    channels: int, hidden: int, pixels: int, factor: int, height: int, width: int, kernel_size: int, threads: int
 ) -> None:
     size = 1 + 200 // (height * width), height, width
-    calls = [("depthwise", depthwise(size, channels, kernel))]
+    calls = [("depthwise", depthwise(size, channels, kernel_size))]
     for backward in (False, True):
         calls += [
             ("mix", mix(channels, hidden, pixels, backward)),
@@ -248,19 +249,19 @@ def test_all_right_sizes_stay_within_their_arrays(
         call(function, arguments | {"threads": threads})
 
 
-def test_without_start_nothing_runs() -> None:
+def test_nothing_runs_before_start() -> None:
     try:
         for library in ("/nowhere/libtorch_cpu.so", b"\xff.so"):
-            assert fused.kernel.start(library, 16) == 0
+            assert mixing_kernel.extension.start(library, 16) == 0
             with pytest.raises(RuntimeError, match="start"):
                 call("mix", mix())
-        assert fused.start(0) is None
+        assert mixing_kernel.start(0) is None
     finally:
-        assert fused.start() is not None
+        assert mixing_kernel.start() is not None
 
 
 @pytest.mark.parametrize("arguments", [(), (0, 16), (None, 16), ("libtorch_cpu.so",), ("a\0b", 16), ("a", 2**40)])
-def test_start_takes_no_nonsense(arguments: tuple[Any, ...]) -> None:
+def test_start_refuses_invalid_arguments(arguments: tuple[Any, ...]) -> None:
     with pytest.raises((TypeError, ValueError, OverflowError)):
-        fused.kernel.start(*arguments)
-    assert fused.start() is not None
+        mixing_kernel.extension.start(*arguments)
+    assert mixing_kernel.start() is not None

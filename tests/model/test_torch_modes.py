@@ -1,4 +1,4 @@
-"""States of torch in which the kernel must stand back: derivatives of any order, modes, tracers, hooks, subclasses."""
+"""States of torch in which the kernel must not run: higher derivatives, modes, tracing, hooks, tensor subclasses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import assert_same, compare, counted, kernel_off, small_network, step
+from networks import assert_same, compare, kernel_calls, kernel_off, needs_mixing_kernel, small_network, step
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ShuffleMixerConfig
-from model.cpu import fusable, fused, sites
+from model.cpu import eligibility, kernel_parts
 from model.shufflemixer import ShuffleMixer
 
 pytestmark = [
-    pytest.mark.skipif(fused.kernel is None, reason="the kernel is not built, or not for this processor"),
+    needs_mixing_kernel,
     pytest.mark.usefixtures("one_thread"),
 ]
 
@@ -32,7 +32,7 @@ LR = torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(3))
 
 
 def both(work: Callable[[], Any]) -> tuple[Any, Any]:
-    """What work gives with the kernel and without."""
+    """Return the results of `work` with and without the kernel."""
     got = work()
     with kernel_off():
         return got, work()
@@ -49,7 +49,7 @@ def test_flops_are_all_counted() -> None:
 
     got, expected = both(count)
     assert got == expected
-    assert got > 6 * 2 * network.multiply_accumulates(10, 12) / 2  # forward, and twice that backward
+    assert got > 6 * 2 * network.multiply_accumulates(10, 12) / 2  # the backward pass costs twice the forward pass
 
 
 def test_modes_see_every_operation() -> None:
@@ -58,14 +58,14 @@ def test_modes_see_every_operation() -> None:
     def seen(kind: type) -> list[str]:
         names: list[str] = []
 
-        class Noting(kind):  # type: ignore[misc]
+        class Recording(kind):  # type: ignore[misc]
             def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 names.append(str(function))
                 return function(*args, **(kwargs or {}))
 
             __torch_dispatch__ = __torch_function__
 
-        with Noting():
+        with Recording():
             network(LR)
         return [name for name in names if "conv2d" in name or "convolution" in name]
 
@@ -106,7 +106,7 @@ def test_functional_transforms() -> None:
     layer = network.get_submodule("blocks.0")
     x = torch.randn(3, 1, 32, 3, 3, generator=torch.Generator().manual_seed(6))
     torch.testing.assert_close(*both(lambda: torch.func.vmap(layer)(x)), rtol=1e-4, atol=1e-4)
-    with counted() as names:
+    with kernel_calls() as names:
         loss(weights)
     assert len(names) == 8
 
@@ -114,7 +114,7 @@ def test_functional_transforms() -> None:
 @pytest.mark.parametrize("part", ["", "blocks.0", "blocks.0.net.0", "upsapling"])
 @pytest.mark.parametrize("dense", [True, False])
 def test_second_derivatives(part: str, dense: bool) -> None:
-    """A gradient penalty, for input and weights."""
+    """A gradient penalty, differentiated by input and weights."""
     network = small_network(scale=4)
     module = network.get_submodule(part) if part else network
     x = torch.randn(1, 32, 3, 4, generator=torch.Generator().manual_seed(5)) if part else LR[:1, :, :3, :4]
@@ -133,7 +133,7 @@ def test_second_derivatives(part: str, dense: bool) -> None:
 
 
 def test_second_derivatives_of_shared_weights() -> None:
-    """A weight that made the input as well is counted once for each use."""
+    """A weight that also produced the input counts once for each use."""
     network = small_network()
     layer = network.get_submodule("blocks.0.net.0")
 
@@ -149,69 +149,69 @@ def test_second_derivatives_of_shared_weights() -> None:
 
 
 def test_gradients_in_batches() -> None:
-    """Several gradients at once, as vectorized Jacobians take them: the backward pass runs under vmap."""
+    """Several gradients at once, as in vectorized Jacobians: the backward pass runs under vmap."""
     network = small_network()
     layer = network.get_submodule("blocks.0")
     x = torch.randn(1, 32, 3, 3, generator=torch.Generator().manual_seed(6)).requires_grad_()
 
     def batched() -> list[Tensor | None]:
         out = layer(x)
-        slopes = torch.eye(4).repeat(1, out.numel() // 4).reshape(4, *out.shape)
-        found = torch.autograd.grad(out, [x, *layer.parameters()], slopes, is_grads_batched=True)
+        grad_outs = torch.eye(4).repeat(1, out.numel() // 4).reshape(4, *out.shape)
+        found = torch.autograd.grad(out, [x, *layer.parameters()], grad_outs, is_grads_batched=True)
         return [*found]
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of operations without a rule of their own for batches
+        warnings.simplefilter("ignore")  # operations without a batching rule warn
         assert_same(*both(batched))
 
 
 @pytest.mark.parametrize("enter", [lambda: FlopCounterMode(display=False), forward_ad.dual_level])
-def test_states_that_begin_between_forward_and_backward(enter: Callable[[], Any]) -> None:
+def test_modes_entered_between_forward_and_backward(enter: Callable[[], Any]) -> None:
     network = small_network()
 
-    def late() -> list[Tensor | None]:
+    def backward_in_mode() -> list[Tensor | None]:
         network.zero_grad()
         out = network(LR)
         with enter():
             torch.autograd.backward(out.square().sum())
         return [parameter.grad for parameter in network.parameters()]
 
-    assert_same(*both(late))
+    assert_same(*both(backward_in_mode))
 
 
-def test_odd_gradients() -> None:
-    """Expanded, negated lazily, all zeros without memory."""
+def test_unusual_gradients() -> None:
+    """Expanded, lazily negated, and zeros without memory."""
     network = small_network()
-    for slope in (
+    for grad_out in (
         torch.ones(()).expand(2, 3, 10, 12),
         torch.complex(torch.zeros(2, 3, 10, 12), torch.ones(2, 3, 10, 12)).conj().imag,
         torch._efficientzerotensor((2, 3, 10, 12)),
     ):
 
-        def odd(slope: Tensor = slope) -> list[Tensor | None]:
+        def backward(grad_out: Tensor = grad_out) -> list[Tensor | None]:
             network.zero_grad()
-            torch.autograd.backward(network.upsample(network.blocks(network.to_feat(LR))), slope)
+            torch.autograd.backward(network.upsample(network.blocks(network.to_feat(LR))), grad_out)
             return [parameter.grad for parameter in network.parameters()]
 
-        assert_same(*both(odd))
+        assert_same(*both(backward))
 
 
-def test_autocast_is_plain() -> None:
+def test_autocast_uses_the_fallback() -> None:
     network = small_network()
-    with torch.autocast("cpu", torch.bfloat16), counted() as names:
+    with torch.autocast("cpu", torch.bfloat16), kernel_calls() as names:
         got, expected = both(lambda: network(LR))
     assert not names
     assert torch.equal(got, expected)
 
 
-class Noted(Tensor):
+class Counting(Tensor):
     """A subclass that counts the functions called on it."""
 
     calls: int = 0
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        Noted.calls += 1
+        Counting.calls += 1
         return super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
@@ -219,18 +219,18 @@ def test_tensor_subclasses_see_every_function() -> None:
     network = small_network()
 
     def calls() -> int:
-        Noted.calls = 0
-        network(LR.as_subclass(Noted))
-        return Noted.calls
+        Counting.calls = 0
+        network(LR.as_subclass(Counting))
+        return Counting.calls
 
     got, expected = both(calls)
     assert got == expected > 40
-    network.tail.weight = nn.Parameter(network.tail.weight.detach().as_subclass(Noted))
+    network.tail.weight = nn.Parameter(network.tail.weight.detach().as_subclass(Counting))
 
     def calls_of_weight() -> int:
-        Noted.calls = 0
+        Counting.calls = 0
         network(LR)
-        return Noted.calls
+        return Counting.calls
 
     got, expected = both(calls_of_weight)
     assert got == expected > 0
@@ -239,7 +239,7 @@ def test_tensor_subclasses_see_every_function() -> None:
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_hooks_are_called(kind: str, everywhere: bool) -> None:
-    """On every module: on all by torch's global hooks, or registered one by one, as feature extractors do."""
+    """Global hooks of torch, or hooks on each module, as feature extractors use."""
     network = small_network()
     step(network, LR)
     called: list[str] = []
@@ -263,16 +263,16 @@ def test_hooks_are_called(kind: str, everywhere: bool) -> None:
             handle.remove()
     assert got == called
     assert len(got) == len([*network.modules()])
-    with counted() as names:
+    with kernel_calls() as names:
         network(LR)
-    assert len(names) == 8  # hooks taken off, the kernel is back
+    assert len(names) == 8  # without hooks, the kernel runs again
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_and_traced_networks() -> None:
     network = small_network().eval()
     expected = network(LR)
-    with counted() as names:
+    with kernel_calls() as names:
         compiled = torch.compile(network, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(LR), expected, rtol=1e-4, atol=1e-5)
         traced = torch.jit.trace(network, (LR,), check_trace=False)  # type: ignore[no-untyped-call]
@@ -282,10 +282,10 @@ def test_compiled_and_traced_networks() -> None:
     assert not names
 
 
-def test_saved_tensors_hooks_and_the_generator_are_left_alone() -> None:
-    """What the first use finds out about the code shows nowhere."""
-    fusable._unknown.cache_clear()
-    fusable._likes.cache_clear()
+def test_comparing_code_has_no_side_effects() -> None:
+    """The first use compares code; saved-tensor hooks and the random generator must not notice."""
+    eligibility._unknown.cache_clear()
+    eligibility._specs.cache_clear()
     network = small_network()
     network.activation_checkpointing = True
     torch.manual_seed(9)
@@ -293,35 +293,35 @@ def test_saved_tensors_hooks_and_the_generator_are_left_alone() -> None:
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):  # type: ignore[func-returns-value]
         network(LR)
-    once = [*saved]
+    first_use = [*saved]
     saved.clear()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):  # type: ignore[func-returns-value]
         network(LR)
-    assert saved == once
+    assert saved == first_use
     assert torch.equal(torch.get_rng_state(), before)
 
 
 CONFIG = ShuffleMixerConfig(32, 3, 1, 2, 2)
 
 
-def test_edited_code_is_found_out() -> None:
-    """As if someone had changed a line of a module in its file: the kernel does not know of it, but is compared."""
+def test_edited_code_is_detected() -> None:
+    """As if a line of a module's source had been changed: comparing it with the operations shows the difference."""
 
     def edited(**changes: Any) -> str:
-        site = replace(sites.MIX, **changes)
-        modules = site.build(CONFIG)
-        return site.why_not(CONFIG, modules)
+        part = replace(kernel_parts.MIX, **changes)
+        modules = part.build(CONFIG)
+        return part.why_not(CONFIG, modules)
 
     def with_fc(make: Callable[[], nn.Module]) -> Callable[[ShuffleMixerConfig], tuple[nn.Module, ...]]:
         def build(config: ShuffleMixerConfig) -> tuple[nn.Module, ...]:
-            norm, mlp = sites.MIX.build(config)
+            norm, mlp = kernel_parts.MIX.build(config)
             mlp.get_submodule("fc")._modules["1"] = make()
             return norm, mlp
 
         return build
 
     def with_eps(config: ShuffleMixerConfig) -> tuple[nn.Module, ...]:
-        norm, mlp = sites.MIX.build(config)
+        norm, mlp = kernel_parts.MIX.build(config)
         norm.get_submodule("body").eps = 1.1e-5  # type: ignore[assignment]
         return norm, mlp
 
@@ -329,13 +329,13 @@ def test_edited_code_is_found_out() -> None:
     assert edited(build=with_fc(nn.SiLU)) == ""
     for build in (with_fc(nn.GELU), with_fc(nn.Identity), with_fc(lambda: nn.Dropout(0.1)), with_eps):
         assert "was edited" in edited(build=build)
-    for plain in (
-        lambda modules, x, skip: sites.mixed(modules, x, skip) - x,
-        lambda modules, x, skip: sites.mixed(modules, x, skip) * 1.0001,
-        lambda modules, x, skip: sites.mixed(modules, x.detach(), skip),
-        lambda modules, x, skip: sites.mixed(modules, x, None),
+    for by_modules in (
+        lambda modules, x, skip: kernel_parts.mix_by_modules(modules, x, skip) - x,
+        lambda modules, x, skip: kernel_parts.mix_by_modules(modules, x, skip) * 1.0001,
+        lambda modules, x, skip: kernel_parts.mix_by_modules(modules, x.detach(), skip),
+        lambda modules, x, skip: kernel_parts.mix_by_modules(modules, x, None),
     ):
-        assert "was edited" in edited(plain=plain)
+        assert "was edited" in edited(by_modules=by_modules)
 
 
 configurations = st.fixed_dictionaries(
@@ -371,7 +371,7 @@ def test_any_configuration(
 
 @pytest.mark.parametrize("name", ["tiny", "base"])
 def test_gradients_have_the_strides_of_weights(name: str) -> None:
-    """Those along sides of 1 too: DistributedDataParallel compares them all."""
+    """Along sides of 1 too, since DistributedDataParallel compares all strides."""
     network = ShuffleMixer.preset(name, 2)
     for layout in (torch.contiguous_format, torch.channels_last):
         network = copy.deepcopy(network).to(memory_format=layout)  # type: ignore[call-overload]

@@ -32,7 +32,7 @@ prep.commands
 prep.cli
 model
 model.config model.losses model.metrics model.device
-model.parts
+model.layers
 model.cpu
 model.shufflemixer
 model.torchfile
@@ -44,7 +44,7 @@ train
 """
 LEVELS = {room: level for level, line in enumerate(ROOMS.strip().splitlines()) for room in line.split()}
 # What parts of the house may not import, ours or not.
-NETWORK = ("model.config", "model.parts", "model.losses", "model.cpu", "model.shufflemixer")
+NETWORK = ("model.config", "model.layers", "model.losses", "model.cpu", "model.shufflemixer")
 BANNED = {
     "loader.": {"click", "cv2", "h5py", "PIL", "tqdm"},
     "prep.": {"torch", "loader.dataset", "loader.stream", "loader.batches"},

@@ -1,6 +1,6 @@
-"""Checkpoints changed at random: bytes, records, pickles, values. What is taken is what a run would write.
+"""Randomly mutated checkpoints (bytes, records, pickles, values) are refused, or are what a run could have written.
 
-A few seconds here; with SRSHARDS_FUZZ_SECONDS and SRSHARDS_FUZZ_SEED longer, and others. See test_fuzz.py.
+A few seconds by default; SRSHARDS_FUZZ_SECONDS and SRSHARDS_FUZZ_SEED set the duration and the seed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from model.training.settings import Config
 from model.training.state import from_checkpoint, new_state, to_checkpoint
 from model.training.vetting import check_content
 
-MEMORY = 1 << 20  # KiB that the process may grow by: a pickle of the largest size that is read takes half of that
+MEMORY = 1 << 20  # KiB by which the process may grow: a pickle of the maximum size takes half of that
 RANKS = Ranks(0, 1, torch.device("cpu"))
 CONFIG = Config(shards="s", scale=2, out="o", micro_batch="auto")
-PLACE = {"sample": 128, "seed": 0, "length": 7}
+POSITION = {"sample": 128, "seed": 0, "length": 7}
 
 
 @pytest.fixture(autouse=True)
-def little_memory() -> Iterator[None]:
+def memory_limit() -> Iterator[None]:
     before, threads = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, torch.get_num_threads()
     torch.set_num_threads(1)  # the networks are tiny
     yield
@@ -54,8 +54,8 @@ def small() -> bytes:
     return saved({"params": network.state_dict(), "network": fields, "iteration": 3, "note": ["a", None, (1, 2.5)]})
 
 
-def meet_weights(path: Path, given: bytes) -> str:
-    """Take what is whole, finite and of one network; refuse the rest in one line."""
+def check_weights(path: Path, given: bytes) -> str:
+    """Check that a file is refused in one line, or holds the finite weights of a network."""
     path.write_bytes(given)
     try:
         read_raw(path)
@@ -67,12 +67,12 @@ def meet_weights(path: Path, given: bytes) -> str:
         return refused(error, str(path))
     assert network.parameter_count() < 100_000
     assert all(value.isfinite().all() for value in network.state_dict().values())
-    return "taken"
+    return "accepted"
 
 
 def test_bytes_of_archives(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = small()
-    # ZIP's own structures lie at the end, in front of the reader.
+    # The end holds ZIP's directory, which is read first.
     tail = len(data) - data.rindex(b"PK\x01\x02", 0, data.index(b"PK\x01\x02") + 4)
     words = [*EDGES, b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"\x08\0", bytes(8)]
 
@@ -81,12 +81,12 @@ def test_bytes_of_archives(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
             return data[:-tail] + mutated(data[-tail:], rng, words)
         return mutated(data, rng, words)
 
-    told = fuzz("bytes of checkpoints", make, lambda given: meet_weights(tmp_path / "a.pt", given), capfd)
-    assert told["refused"]
+    outcomes = fuzz("bytes of checkpoints", make, lambda given: check_weights(tmp_path / "a.pt", given), capfd)
+    assert outcomes["refused"]
 
 
 def test_pickles(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The pickle, or a record, changed under checksums that fit."""
+    """Mutate the pickle or another record, with correct checksums."""
     with zipfile.ZipFile(io.BytesIO(small())) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     opcodes = [bytes([code]) for code in b"(.0123BCGIJKMNRTUX\\]abcdhjlpqrstu}\x80\x81\x85\x86\x87\x88\x89\x8a\x8b"]
@@ -106,18 +106,18 @@ def test_pickles(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
                 out.writestr(name, value)
         return buffer.getvalue()
 
-    told = fuzz("pickles of checkpoints", make, lambda given: meet_weights(tmp_path / "a.pt", given), capfd)
-    assert told["refused"]
+    outcomes = fuzz("pickles of checkpoints", make, lambda given: check_weights(tmp_path / "a.pt", given), capfd)
+    assert outcomes["refused"]
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths to all values within one."""
+def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the paths to all values inside `value`."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
-    return [path, *(place for key, part in inner for place in places(part, (*path, key)))]
+    return [path, *(found for key, part in inner for found in paths_in(part, (*path, key)))]
 
 
 def odd(value: Any, rng: random.Random) -> Any:
-    """Something else than what was there; of a tensor often another one."""
+    """Return another value in place of `value`; for a tensor, often another tensor."""
     if isinstance(value, Tensor) and rng.random() < 0.8:
         flat = value.reshape(-1)
         spoilt = value.clone().double().reshape(-1)
@@ -135,7 +135,7 @@ def odd(value: Any, rng: random.Random) -> Any:
 
 
 def test_states_of_training(capfd: pytest.CaptureFixture[str]) -> None:
-    """Values replaced, removed and added; what is taken is trained on."""
+    """Replace, remove and add values; states that are accepted must train."""
     state = new_state(CONFIG, RANKS)
     expected = to_checkpoint(state, {}, CONFIG, RANKS)
     for _ in range(2):
@@ -144,10 +144,10 @@ def test_states_of_training(capfd: pytest.CaptureFixture[str]) -> None:
         state.optimiser.step()
         state.iteration += 1
     state.micro_batch = 8
-    content = to_checkpoint(state, PLACE, CONFIG, RANKS)
+    content = to_checkpoint(state, POSITION, CONFIG, RANKS)
     parameters = list(state.network.parameters())
-    paths = places(content)[1:]
-    # Two thirds of the places are tensors; half of the changes go elsewhere.
+    paths = paths_in(content)[1:]
+    # Two thirds of the paths lead to tensors; half of the changes go elsewhere.
     others = [path for path in paths if path[0] not in ("params", "params_ema", "optimiser") or "param_groups" in path]
 
     def make(rng: random.Random) -> Any:
@@ -164,11 +164,11 @@ def test_states_of_training(capfd: pytest.CaptureFixture[str]) -> None:
                     inner[rng.choice(["other", 0, 999, "\x1b["])] = inner[last]
                 else:
                     inner[last] = odd(inner[last], rng)
-            except (KeyError, TypeError, IndexError):  # changed away before
+            except (KeyError, TypeError, IndexError):  # removed by an earlier change
                 continue
         return changed
 
-    def meet(given: Any) -> str:
+    def check(given: Any) -> str:
         try:
             checked = check_content(given, expected, parameters)
         except CheckpointError as error:
@@ -189,8 +189,8 @@ def test_states_of_training(capfd: pytest.CaptureFixture[str]) -> None:
             return refused(error, "")
         fresh.network(torch.rand(1, 3, 4, 4)).square().mean().backward()
         fresh.optimiser.step()
-        return "taken"
+        return "accepted"
 
-    told = fuzz("states of training", make, meet, capfd)
-    assert told["refused"]
-    assert told["taken"]
+    outcomes = fuzz("states of training", make, check, capfd)
+    assert outcomes["refused"]
+    assert outcomes["accepted"]

@@ -1,8 +1,8 @@
-"""The pickle inside a `torch.save` file, read as data: nothing that it names is imported, called or allocated.
+"""The pickle inside a `torch.save` file, read as data: nothing that it names is imported or called.
 
-Torch writes dictionaries, lists, tuples, numbers, strings and tensors by some thirty opcodes of pickle's protocol 2,
-and names five functions or so. That subset is interpreted here, into plain containers whose tensors are descriptions
-(`StoredTensor`): dtype, shape, strides, and the storage that holds the values. Anything else is refused.
+Torch writes dicts, lists, tuples, numbers, strings and tensors with about thirty opcodes of pickle protocol 2, and
+names a handful of functions. This module interprets that subset and refuses everything else. Tensors are returned as
+descriptions (`StoredTensor`), which allocate nothing.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from typing import Any
 
 import torch
 
-MAX_BYTES = 4 << 20  # of one pickle; a tensor takes about 150
+from loader.errors import ShardsError
+from model.torchfile.stored import Storage, StoredTensor
+
+MAX_BYTES = 4 << 20  # of a pickle; each tensor takes about 150
 MAX_DIMENSIONS = 8
 MAX_DEPTH = 16
-MAX_ENTRIES = 1_000_000  # of all containers, each counted as often as it is reached
+MAX_NUMBER = (1 << 48) - 1  # of sizes, strides and offsets
+MAX_ENTRIES = 1_000_000  # in all containers, counted once for each path to them
 DTYPES = {
     "torch FloatStorage": torch.float32,
     "torch DoubleStorage": torch.float64,
@@ -51,45 +55,8 @@ OPCODES = {
 }
 
 
-class PickleError(ValueError):
-    """A pickle that holds something else than containers, numbers, strings and tensors."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Values in a row: the record that holds them, and how many of which type."""
-
-    key: str
-    dtype: torch.dtype
-    elements: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the record."""
-        return self.elements * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that has not been read: its values, `offset` and `stride` count elements, lie within its storage.
-
-    It has no more elements than its storage, so none is an expansion of a few bytes.
-    """
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of its values."""
-        return self.storage.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of a copy of its own."""
-        return math.prod(self.shape) * self.dtype.itemsize
+class PickleError(ShardsError):
+    """A pickle that is damaged, or holds more than containers, numbers, strings and tensors."""
 
 
 @dataclass(frozen=True)
@@ -98,17 +65,14 @@ class _Global:
 
 
 def read_pickle(data: bytes) -> Any:
-    """Return what a pickle of `torch.save` holds, with a StoredTensor for each tensor and a dict for an OrderedDict.
+    """Return the content of a `torch.save` pickle, a StoredTensor for each tensor and a dict for each OrderedDict.
 
-    Raises:
-        PickleError: it is damaged, or holds something else.
+    Raises PickleError if the pickle is damaged, or holds something that torch does not write.
     """
     if len(data) > MAX_BYTES:
         raise PickleError(f"expected a pickle of at most {MAX_BYTES} bytes, got {len(data)}")
     try:
         content = _Machine().run(data)
-    except PickleError:
-        raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise PickleError(f"a damaged pickle ({type(error).__name__})") from error
     _check_extent(content)
@@ -116,7 +80,7 @@ def read_pickle(data: bytes) -> Any:
 
 
 class _Machine:
-    """Pickle's stack machine; MARK begins another stack on top of those before."""
+    """Pickle's stack machine. MARK starts a new stack and keeps the previous one in `below`."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -128,16 +92,16 @@ class _Machine:
         while code := stream.read(1):
             opcode = OPCODES.get(code)
             if opcode is None:
-                raise PickleError(f"an opcode {code!r}, which torch does not write")
+                raise PickleError(f"expected opcodes that torch writes, got {code!r}")
             argument: Any
-            if opcode.name == "GLOBAL":  # whose reader would look for escapes
+            if opcode.name == "GLOBAL":  # its own reader would interpret escapes
                 argument = b" ".join(stream.readline()[:-1] for _ in range(2)).decode("latin-1")
             else:
                 argument = opcode.arg.reader(stream) if opcode.arg is not None else None
             if opcode.name == "STOP":
                 (content,) = self.stack
                 if self.below:
-                    raise PickleError("a damaged pickle (an open mark)")
+                    raise PickleError("a damaged pickle (mark without end)")
                 return content
             self.step(opcode.name, argument)
         raise PickleError("a damaged pickle (no end)")
@@ -179,23 +143,23 @@ class _Machine:
                     _set(self.stack[-1], pairs)
                 case "GLOBAL":
                     if argument not in GLOBALS:
-                        raise PickleError(f"it names {argument[:100].replace(' ', '.')}")
+                        raise PickleError(f"expected names that torch writes, got {argument[:100].replace(' ', '.')}")
                     stack.append(_Global(argument))
                 case "BINPERSID":
                     stack.append(_storage(stack.pop()))
                 case "REDUCE":
                     function, arguments = self.pop(2)
                     stack.append(_call(function, arguments))
-                case "BUILD":  # the `_metadata` that a state dict carries: modules' versions, of no use here
+                case "BUILD":  # the `_metadata` of a state dict (versions of modules), which is dropped
                     _, target = stack.pop(), stack[-1]
                     if not isinstance(target, dict):
-                        raise PickleError("a state for something that has none")
+                        raise PickleError(f"expected a state for a dict, got one for a {type(target).__name__}")
                 case "PROTO":
                     if argument != 2:
-                        raise PickleError(f"expected pickle protocol 2, torch's own, got {argument}")
+                        raise PickleError(f"expected pickle protocol 2, which torch writes, got {argument}")
 
     def pop(self, count: int) -> tuple[Any, ...]:
-        """The last so many values, in order."""
+        """Pop `count` values; return them in the order in which they were pushed."""
         if len(self.stack) < count:
             raise PickleError("a damaged pickle (an empty stack)")
         items = tuple(self.stack[len(self.stack) - count :])
@@ -203,24 +167,24 @@ class _Machine:
         return items
 
     def marked(self) -> list[Any]:
-        """The values since the last mark."""
+        """Pop all values since the last MARK."""
         items, self.stack = self.stack, self.below.pop()
         return items
 
 
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise PickleError(f"entries for a {type(value).__name__}")
+        raise PickleError(f"expected a list to append to, got a {type(value).__name__}")
     return value
 
 
 def _set(target: Any, pairs: list[Any]) -> None:
     if not isinstance(target, dict) or len(pairs) % 2:
-        raise PickleError(f"entries for a {type(target).__name__}")
+        raise PickleError(f"expected a dict and pairs to set in it, got a {type(target).__name__}")
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-        # Whole numbers that are small, so that nobody can choose many of one hash.
+        # Small integers only: with large ones, a file could choose many keys of equal hash.
         if not isinstance(key, str) and not (type(key) is int and 0 <= key < 1 << 31):
-            raise PickleError(f"expected names or small numbers as keys, got {type(key).__name__}")
+            raise PickleError(f"expected strings or small integers as keys, got {type(key).__name__}")
         target[key] = value
 
 
@@ -228,12 +192,12 @@ def _storage(value: Any) -> Storage:
     kind, stored, key, location, elements = value
     if kind != "storage" or not isinstance(key, str) or not isinstance(location, str):
         raise PickleError("a damaged reference to a storage")
-    return Storage(key, DTYPES[stored.name], _natural(elements))
+    return Storage(key, DTYPES[stored.name], _size(elements))
 
 
 def _call(function: Any, arguments: Any) -> Any:
     if not isinstance(function, _Global) or not isinstance(arguments, tuple):
-        raise PickleError("a call of something that is no function")
+        raise PickleError("expected a call of a function, got one of something else")
     if function.name == ORDERED_DICT and not arguments:
         return {}
     if function.name == PARAMETER and isinstance(arguments[0], StoredTensor):
@@ -241,12 +205,12 @@ def _call(function: Any, arguments: Any) -> Any:
     if function.name == TENSOR and isinstance(arguments[0], Storage):
         storage, offset, shape, stride = arguments[:4]
         return _tensor(storage, offset, tuple(shape), tuple(stride))
-    raise PickleError(f"a call of {function.name.replace(' ', '.')} that torch does not write")
+    raise PickleError(f"expected calls that torch writes, got one of {function.name.replace(' ', '.')}")
 
 
 def _tensor(storage: Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> StoredTensor:
     for number in (offset, *shape, *stride):
-        _natural(number)
+        _size(number)
     if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
         raise PickleError(f"expected a tensor of at most {MAX_DIMENSIONS} dimensions, got {len(shape)}")
     elements = math.prod(shape)
@@ -256,14 +220,14 @@ def _tensor(storage: Storage, offset: int, shape: tuple[int, ...], stride: tuple
     return StoredTensor(storage, offset, shape, stride)
 
 
-def _natural(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 48:
-        raise PickleError("a size or offset that no tensor has")
+def _size(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_NUMBER:
+        raise PickleError(f"expected sizes and offsets from 0 to {MAX_NUMBER}, got {str(value)[:40]}")
     return value
 
 
 def _check_extent(content: Any) -> None:
-    """Hold that containers are nested a few levels deep, in no circles, and few enough to be walked through."""
+    """Check that containers are nested at most MAX_DEPTH levels, without cycles, with at most MAX_ENTRIES entries."""
     level, entries = [content], 0
     for _ in range(MAX_DEPTH):
         inner: list[Any] = []

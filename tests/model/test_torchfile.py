@@ -1,4 +1,4 @@
-"""Files of weights that nobody's `torch.save` wrote: bombs, tricks of the format, and other habits that are fine."""
+"""Reading `torch.save` files: everything torch writes, other programs' variants, damage, and decompression bombs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from helpers import ROOT
 from model.checkpoints import CheckpointError, infer_config, load_checkpoint, read_raw
 from model.shufflemixer import ShuffleMixer
 from model.torchfile import archive
-from model.torchfile.pickled import PickleError, StoredTensor, read_pickle
+from model.torchfile.stored import StoredTensor
+from model.torchfile.unpickle import PickleError, read_pickle
 
 
 def weights() -> dict[str, Any]:
@@ -37,7 +38,7 @@ def saved(content: Any) -> bytes:
 
 
 def repacked(data: bytes, change: Callable[[dict[str, bytes]], None], **options: Any) -> bytes:
-    """The same archive, written by zipfile, with other records."""
+    """Rewrite an archive with zipfile, with `change` applied to its records."""
     with zipfile.ZipFile(io.BytesIO(data)) as old:
         records = {name: old.read(name) for name in old.namelist()}
     change(records)
@@ -48,8 +49,8 @@ def repacked(data: bytes, change: Callable[[dict[str, bytes]], None], **options:
     return buffer.getvalue()
 
 
-def test_what_torch_reads_is_read(tmp_path: Path) -> None:
-    """All that a training writes, and what other programs add: every value as torch itself gives it."""
+def test_reads_what_torch_writes(tmp_path: Path) -> None:
+    """Training checkpoints and what other programs add: every value is the one that torch.load returns."""
     path = tmp_path / "a.pt"
     shared = torch.arange(24.0)
     content = {
@@ -86,8 +87,8 @@ def test_what_torch_reads_is_read(tmp_path: Path) -> None:
     compare(dict(ours), theirs)
 
 
-def test_a_link_is_followed(tmp_path: Path) -> None:
-    """Caches of hubs consist of links."""
+def test_links_are_followed(tmp_path: Path) -> None:
+    """Model hubs keep links in their caches."""
     torch.save(weights(), tmp_path / "blob")
     (tmp_path / "weights.pt").symlink_to("blob")
     assert load_checkpoint(tmp_path / "weights.pt").weights_key == "bare"
@@ -103,13 +104,13 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
         lambda name: name.replace("blocks.0.", "blocks.0._orig_mod."),
     ],
 )
-def test_wrapped_networks_are_read(rename: Callable[[str], str], tmp_path: Path) -> None:
+def test_weights_of_wrapped_networks(rename: Callable[[str], str], tmp_path: Path) -> None:
     torch.save({"params": {rename(name): value for name, value in weights().items()}}, tmp_path / "a.pt")
     built = load_checkpoint(tmp_path / "a.pt").build().state_dict()
     assert all(torch.equal(built[name], value) for name, value in weights().items())
 
 
-def test_one_weight_under_two_names_is_refused(tmp_path: Path) -> None:
+def test_duplicate_weights_are_refused(tmp_path: Path) -> None:
     torch.save(weights() | {"module.tail.bias": torch.ones(3)}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"expected each weight once, got tail.bias again as module.tail.bias"):
         load_checkpoint(tmp_path / "a.pt")
@@ -127,7 +128,7 @@ def test_other_precisions_become_float32(dtype: torch.dtype, tmp_path: Path) -> 
     ("value", "message"),
     [
         (torch.zeros(3, dtype=torch.int64), "tail.bias: expected floating-point values, got torch.int64"),
-        (torch.zeros(3, dtype=torch.complex64), "names torch.ComplexFloatStorage"),
+        (torch.zeros(3, dtype=torch.complex64), "got torch.ComplexFloatStorage"),
         (torch.tensor([0.0, float("nan"), 0.0]), "tail.bias: expected finite weights, got NaN or infinity"),
         (torch.tensor([0.0, float("inf"), 0.0]), "tail.bias: expected finite weights, got NaN or infinity"),
         (torch.zeros(3).to_sparse(), "a damaged file or other content"),
@@ -135,13 +136,13 @@ def test_other_precisions_become_float32(dtype: torch.dtype, tmp_path: Path) -> 
         (torch.zeros(3, device="meta"), "a damaged file or other content"),
     ],
 )
-def test_weights_that_are_none_are_refused(value: torch.Tensor, message: str, tmp_path: Path) -> None:
+def test_invalid_weights_are_refused(value: torch.Tensor, message: str, tmp_path: Path) -> None:
     torch.save(weights() | {"tail.bias": value}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path / "a.pt")
 
 
-def test_names_reach_no_terminal_raw(tmp_path: Path) -> None:
+def test_names_in_errors_are_printable(tmp_path: Path) -> None:
     torch.save(weights() | {"\x1b]0;pwned\x07": torch.ones(1)}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"\\x1b\]0;pwned\\x07") as caught:
         load_checkpoint(tmp_path / "a.pt")
@@ -159,7 +160,7 @@ def bomb(kind: str) -> bytes:
                 lambda r: r.update({"archive/data/999": bytes(100 << 20)}),
                 compression=zipfile.ZIP_DEFLATED,
             )
-        case "shared":  # one storage, many times
+        case "shared":  # many tensors in one storage
             large = torch.zeros(1 << 22)
             return saved({"params": weights() | {f"a{i}": large[i:] for i in range(500)}})
         case "blocks":
@@ -187,7 +188,7 @@ def bomb(kind: str) -> bytes:
             return repacked(good, lambda r: r.update({"archive/data.pkl": b"\x80\x02" + b"}" * (8 << 20) + b"."}))
         case "dicts":
             return repacked(good, lambda r: r.update({"archive/data.pkl": b"\x80\x02" + b"}" * (3 << 20) + b"."}))
-        case _:  # bytearray(1 << 40), as a pickle can say it
+        case _:  # calls bytearray(1 << 40)
             call = b"\x80\x02cbuiltins\nbytearray\n\x8a\x06\0\0\0\0\0\1\x85R."
             return repacked(good, lambda r: r.update({"archive/data.pkl": call}))
 
@@ -228,7 +229,7 @@ def test_bombs_are_refused_in_little_memory(tmp_path: Path) -> None:
     assert int(memory) < 700 << 10, f"{int(memory) >> 10} MiB"
 
 
-def test_a_sparse_file_is_refused_unread(tmp_path: Path) -> None:
+def test_sparse_files_are_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     path.write_bytes(b"PK\x03\x04")
     os.truncate(path, archive.MAX_FILE + 1)
@@ -239,7 +240,7 @@ def test_a_sparse_file_is_refused_unread(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
-def test_pipes_folders_and_missing_files_are_one_line(tmp_path: Path) -> None:
+def test_pipes_folders_and_missing_files_are_errors(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt")
     (tmp_path / "folder.pt").mkdir()
     (tmp_path / "link.pt").symlink_to("nowhere")
@@ -248,7 +249,7 @@ def test_pipes_folders_and_missing_files_are_one_line(tmp_path: Path) -> None:
             load_checkpoint(tmp_path / name)
 
 
-def as_twice(records: dict[str, bytes]) -> None:
+def two_pickles(records: dict[str, bytes]) -> None:
     records["other/data.pkl"] = records["archive/data.pkl"]
 
 
@@ -271,14 +272,14 @@ def protocol_4(records: dict[str, bytes]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (as_twice, "expected one data.pkl, got 2"),
+        (two_pickles, "expected one data.pkl, got 2"),
         (big_endian, "expected little-endian values"),
         (short_storage, "bytes for storage 0, got"),
         (no_storage, "bytes for storage 0, got None"),
         (protocol_4, "protocol 2"),
     ],
 )
-def test_other_archives_are_refused(change: Callable[[dict[str, bytes]], None], message: str, tmp_path: Path) -> None:
+def test_invalid_archives_are_refused(change: Callable[[dict[str, bytes]], None], message: str, tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(repacked(saved(weights()), change))
     for read in (load_checkpoint, read_raw):
         with pytest.raises(CheckpointError, match=message):
@@ -286,27 +287,27 @@ def test_other_archives_are_refused(change: Callable[[dict[str, bytes]], None], 
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
-def test_records_twice_or_over_each_other_are_refused(tmp_path: Path) -> None:
+def test_duplicate_and_overlapping_records_are_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO(repacked(saved(weights()), lambda records: None))
     with zipfile.ZipFile(buffer, "a") as again:
         again.writestr("archive/data/0", b"other")
     (tmp_path / "a.pt").write_bytes(buffer.getvalue())
-    with pytest.raises(CheckpointError, match="expected records of different names, got one twice"):
+    with pytest.raises(CheckpointError, match="expected records with unique names, got a duplicate"):
         load_checkpoint(tmp_path / "a.pt")
 
     data = bytearray(repacked(saved(weights()), lambda records: None))
     first = data.index(b"PK\x01\x02")
     second = data.index(b"PK\x01\x02", first + 4)
-    data[second + 42 : second + 46] = data[first + 42 : first + 46]  # where the record begins
+    data[second + 42 : second + 46] = data[first + 42 : first + 46]  # the offset of the record
     (tmp_path / "b.pt").write_bytes(data)
     with pytest.raises(CheckpointError, match="overlap|damaged"):
         load_checkpoint(tmp_path / "b.pt")
 
 
-def test_a_flipped_byte_anywhere_is_seen(tmp_path: Path) -> None:
-    """But for those that mean nothing: padding, dates, alignment."""
+def test_any_flipped_bit_is_detected_or_harmless(tmp_path: Path) -> None:
+    """Harmless bits are in padding, dates and alignment."""
     good = saved({"params": weights()})
-    torch_says, expected = infer_config(weights()), weights()
+    config, expected = infer_config(weights()), weights()
     path = tmp_path / "a.pt"
     for at in range(3, len(good), 97):
         data = bytearray(good)
@@ -316,11 +317,11 @@ def test_a_flipped_byte_anywhere_is_seen(tmp_path: Path) -> None:
             read = load_checkpoint(path)
         except CheckpointError:
             continue
-        assert read.config == torch_says
+        assert read.config == config
         assert all(torch.equal(read.weights[name], value) for name, value in expected.items())
 
 
-def test_the_legacy_format_says_what_to_do(tmp_path: Path) -> None:
+def test_legacy_format_is_refused_with_advice(tmp_path: Path) -> None:
     torch.save(weights(), tmp_path / "a.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"expected the format of torch 1.6 or later, got an older one; save it"):
         load_checkpoint(tmp_path / "a.pt")
@@ -336,7 +337,7 @@ def tensor(offset: bytes, shape: bytes, stride: bytes) -> bytes:
     return HEAD + TENSOR + STORAGE + offset + shape + stride + b"\x89ccollections\nOrderedDict\n)RtR."
 
 
-def test_a_tensor_by_hand() -> None:
+def test_handwritten_tensor() -> None:
     read = read_pickle(tensor(b"K\x01", b"K\x03\x85", b"K\x01\x85"))
     assert isinstance(read, StoredTensor)
     assert (read.offset, read.shape, read.stride, read.nbytes) == (1, (3,), (1,), 12)
@@ -380,12 +381,12 @@ def test_a_tensor_by_hand() -> None:
         tensor(b"K\0", b"\x8a\x07" + bytes(6) + b"\1\x85", b"K\0\x85"),
     ],
 )
-def test_pickles_that_torch_does_not_write_are_refused(data: bytes) -> None:
+def test_foreign_and_damaged_pickles_are_refused(data: bytes) -> None:
     with pytest.raises(PickleError):
         read_pickle(data)
 
 
-def test_content_is_not_changed_by_reading(tmp_path: Path) -> None:
+def test_reading_again_changes_nothing(tmp_path: Path) -> None:
     torch.save({"params": weights()}, tmp_path / "a.pt")
     first = read_raw(tmp_path / "a.pt")
     before = copy.deepcopy(first)

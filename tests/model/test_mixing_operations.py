@@ -1,4 +1,4 @@
-"""The fused operations: the same values and gradients as plain torch, for every shape that they take."""
+"""The mixing kernel's operations: values and gradients of plain torch, for every shape that they take."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from networks import needs_mixing_kernel
 from torch import Tensor
 
-from model.cpu import fused
+from model.cpu import mixing_kernel, operations
 from model.shufflemixer import ShuffleMixer
 
-pytestmark = pytest.mark.skipif(fused.kernel is None, reason="the kernel is not built, or not for this processor")
+pytestmark = needs_mixing_kernel
 
 SHAPES: list[tuple[dict[str, Any], tuple[int, int, int]]] = [
     ({"features": 32, "kernel_size": 3, "scale": 2}, (2, 7, 11)),
@@ -25,12 +26,12 @@ SHAPES: list[tuple[dict[str, Any], tuple[int, int, int]]] = [
 ]
 
 
-def step(network: ShuffleMixer, lr: Tensor, slope: Tensor) -> list[Tensor]:
-    """Output and gradients, of the input first."""
+def step(network: ShuffleMixer, lr: Tensor, grad_out: Tensor) -> list[Tensor]:
+    """Return the output, and the gradients of the input and all weights."""
     network.zero_grad()
     lr = lr.clone().requires_grad_()
     sr = network(lr)
-    torch.autograd.backward(sr, slope)
+    torch.autograd.backward(sr, grad_out)
     gradients = [leaf.grad for leaf in (lr, *network.parameters())]
     assert all(gradient is not None for gradient in gradients)
     return [sr.detach(), *(gradient for gradient in gradients if gradient is not None)]
@@ -41,43 +42,35 @@ def example(config: dict[str, Any], shape: tuple[int, int, int]) -> tuple[Shuffl
     batch, height, width = shape
     network = ShuffleMixer(**({"blocks": 1} | config))
     with torch.no_grad():
-        for parameter in network.parameters():  # norms of ones and small biases would hide mistakes
+        for parameter in network.parameters():  # norms of 1 and small biases would hide mistakes
             parameter.add_(torch.randn_like(parameter) * 0.1)
     scale = network.config.scale
     return network, torch.rand(batch, 3, height, width), torch.randn(batch, 3, height * scale, width * scale)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=[16, 8])
 def lanes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The kernel for processors with vectors of so many floats."""
-    if fused.start(request.param) is None:
+    """Run the kernel with vectors of that many floats."""
+    if mixing_kernel.start(request.param) is None:
         pytest.skip("this processor has no such vectors")
     yield
-    fused.start()
+    mixing_kernel.start()
 
 
 @pytest.mark.usefixtures("lanes")
 @pytest.mark.parametrize(("config", "shape"), SHAPES)
-def test_values_and_gradients_are_those_of_plain_torch(config: dict[str, Any], shape: tuple[int, int, int]) -> None:
-    network, lr, slope = example(config, shape)
-    got = step(network, lr, slope)
-    expected = step(network.double(), lr.double(), slope.double())
+def test_values_and_gradients_agree_with_plain_torch(config: dict[str, Any], shape: tuple[int, int, int]) -> None:
+    network, lr, grad_out = example(config, shape)
+    got = step(network, lr, grad_out)
+    expected = step(network.double(), lr.double(), grad_out.double())
     for value, truth in zip(got, expected, strict=True):
         assert (value - truth).abs().max() <= 1e-5 * truth.abs().max()
 
 
-def test_the_fused_operations_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, lr, slope = example(*SHAPES[0])
+def test_kernel_runs_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, lr, grad_out = example(*SHAPES[0])
     called: list[str] = []
-    for function in (fused.Mix, fused.Project, fused.Enlarge, fused.Depthwise):
+    for function in (operations.Mix, operations.Project, operations.Enlarge, operations.Depthwise):
         backward = function.backward
 
         def counted(*arguments: Any, name: str = function.__name__, backward: Any = backward) -> Any:
@@ -85,7 +78,7 @@ def test_the_fused_operations_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> 
             return backward(*arguments)
 
         monkeypatch.setattr(function, "backward", staticmethod(counted))
-    step(network, lr, slope)
+    step(network, lr, grad_out)
     assert sorted(called) == ["Depthwise"] * 2 + ["Enlarge"] + ["Mix"] * 4 + ["Project"]
 
 
@@ -98,55 +91,57 @@ def test_results_do_not_depend_on_threads(one_thread: None) -> None:
     norm = network.get_parameter("blocks.0.net.0.norm1.body.weight")
     mlp = weights("blocks.0.net.0.mlp1.fc.0"), weights("blocks.0.net.0.mlp1.fc.2")
     x, skip = torch.randn(2, 2, 32, 20, 24).unbind()
-    operations: dict[str, Callable[[], Tensor]] = {
-        "mix": lambda: fused.apply(fused.Mix, x, norm, *mlp[0], *mlp[1], skip),
-        "project": lambda: fused.apply(fused.Project, x.repeat(1, 2, 1, 1)[:, :48], *weights("blocks.0.conv.2"), skip),
-        "enlarge": lambda: fused.apply(fused.Enlarge, x, *weights("upsapling.0"), 2, None, None),
-        "to RGB": lambda: fused.apply(fused.Enlarge, x, *weights("upsapling.0"), 2, *weights("tail")),
-        "depthwise": lambda: fused.apply(fused.Depthwise, x, *weights("blocks.0.net.0.spatial")),
+    calls: dict[str, Callable[[], Tensor]] = {
+        "mix": lambda: operations.apply(operations.Mix, x, norm, *mlp[0], *mlp[1], skip),
+        "project": lambda: operations.apply(
+            operations.Project, x.repeat(1, 2, 1, 1)[:, :48], *weights("blocks.0.conv.2"), skip
+        ),
+        "enlarge": lambda: operations.apply(operations.Enlarge, x, *weights("upsapling.0"), 2, None, None),
+        "to RGB": lambda: operations.apply(operations.Enlarge, x, *weights("upsapling.0"), 2, *weights("tail")),
+        "depthwise": lambda: operations.apply(operations.Depthwise, x, *weights("blocks.0.net.0.spatial")),
     }
-    for name, operation in operations.items():
+    for name, call in calls.items():
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             network.zero_grad()
-            out = operation()
+            out = call()
             torch.autograd.backward(out.sum())
-            # The tail's bias is left out: it is torch's own sum, which threads divide.
+            # Without the tail's bias: its gradient is torch's sum, which depends on threads.
             gradients = [p.grad for p in network.parameters() if p.grad is not None and p.numel() != 3]
             results.append([out.detach(), *gradients])
         for others in results[1:]:
             assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True)), name
 
 
-def test_where_they_are_not_to_be_used() -> None:
+def test_unusable_inputs() -> None:
     x = torch.rand(1, 32, 4, 4)
-    assert fused.usable(x)
-    assert not fused.usable(x.double())
-    assert not fused.usable(x.bfloat16())
-    assert not fused.usable(x.to("meta"))
-    assert not fused.usable(x[:, :16])
-    assert not fused.usable(x[:0])
+    assert mixing_kernel.usable(x)
+    assert not mixing_kernel.usable(x.double())
+    assert not mixing_kernel.usable(x.bfloat16())
+    assert not mixing_kernel.usable(x.to("meta"))
+    assert not mixing_kernel.usable(x[:, :16])
+    assert not mixing_kernel.usable(x[:0])
     with torch.autocast("cpu", torch.bfloat16):
-        assert not fused.usable(x)
+        assert not mixing_kernel.usable(x)
 
     def mapped(image: Tensor) -> Tensor:
-        assert not fused.usable(image[None])
+        assert not mixing_kernel.usable(image[None])
         return image
 
     torch.vmap(mapped)(x)
 
 
 def test_memory_formats_do_not_matter() -> None:
-    network, lr, slope = example(*SHAPES[0])
-    expected = step(network, lr, slope)
+    network, lr, grad_out = example(*SHAPES[0])
+    expected = step(network, lr, grad_out)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    got = step(network, lr.contiguous(memory_format=torch.channels_last), slope.transpose(2, 3).mT)
+    got = step(network, lr.contiguous(memory_format=torch.channels_last), grad_out.transpose(2, 3).mT)
     for value, other in zip(got, expected, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_no_number_stays_none() -> None:
+def test_nan_stays_nan() -> None:
     network, lr, _ = example(*SHAPES[0])
     lr[0, 0, 3, 3] = float("nan")
     with torch.inference_mode():

@@ -1,7 +1,7 @@
-"""The parts of which the network is made, as plain torch operations say them.
+"""The layers of the network, written in plain torch operations.
 
-Any of them may be replaced by another module of the same shapes: nothing outside looks into them, but for the compiled
-kernel, which `model.cpu.fusable` keeps to what is as it was made here.
+Each may be replaced by any module of the same input and output shapes. The compiled kernel replaces only layers that
+are exactly as made here; see `model.cpu.eligibility`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class ChannelNorm(nn.Module):
         self.body = nn.LayerNorm(features, eps=1e-5, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise every pixel over its channels; same shape."""
-        normed: Tensor = self.body(x.permute(0, 2, 3, 1))  # for channels-last memory a view, not a copy
+        """Normalise every pixel over its channels; the shape stays."""
+        normed: Tensor = self.body(x.permute(0, 2, 3, 1))  # in channels-last memory a view, not a copy
         return normed.permute(0, 3, 1, 2)
 
 
 class PointMlp(nn.Module):
     """A point-wise MLP on the first half of the channels, then a shuffle that mixes both halves.
 
-    The configuration may leave out the shuffle, or have the MLP on all channels, with nothing to shuffle.
+    Without `split` the MLP works on all channels and nothing is shuffled; without `shuffle` the halves stay in order.
     """
 
     def __init__(self, config: ShuffleMixerConfig) -> None:
@@ -39,7 +39,7 @@ class PointMlp(nn.Module):
         self.fc = nn.Sequential(nn.Conv2d(width, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give a tensor of x's shape."""
+        """Return a tensor of the shape of `x`."""
         if not self.split:
             mixed: Tensor = self.fc(x)
             return mixed
@@ -49,15 +49,15 @@ class PointMlp(nn.Module):
 
 
 def concatenate(first: Tensor, second: Tensor) -> Tensor:
-    """Concatenate two (N, C/2, H, W) along the channels."""
+    """Concatenate two tensors (N, C/2, H, W) along the channels."""
     return torch.cat([first, second], dim=1)
 
 
 def concatenate_shuffled(first: Tensor, second: Tensor) -> Tensor:
-    """Concatenate two (N, C/2, H, W) along the channels and shuffle these as '(g d) -> (d g)' with g = 8.
+    """Concatenate two tensors (N, C/2, H, W) along the channels, then shuffle these as '(g d) -> (d g)' with g = 8.
 
-    Each half holds whole groups, so the grouping is a view of each and one concatenation makes the grouped
-    tensor; in channels-last order the shuffle permutes only the innermost, neighbouring values.
+    Each half holds whole groups, so grouping is a view and a single copy concatenates. In channels-last memory the
+    shuffle permutes only neighbouring values.
     """
 
     def grouped(half: Tensor) -> Tensor:
@@ -69,31 +69,31 @@ def concatenate_shuffled(first: Tensor, second: Tensor) -> Tensor:
     return groups.transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
 
 
-def norm_of(config: ShuffleMixerConfig) -> nn.Module:
-    """Make a norm, or what stands where there is none."""
+def make_norm(config: ShuffleMixerConfig) -> nn.Module:
+    """Return a norm, or an identity if the configuration has no norm."""
     return ChannelNorm(config.features) if config.norm else nn.Identity()
 
 
-def spatial_of(config: ShuffleMixerConfig) -> nn.Conv2d:
-    """Make a depth-wise convolution."""
+def make_depthwise(config: ShuffleMixerConfig) -> nn.Conv2d:
+    """Return a depth-wise convolution."""
     features, size = config.features, config.kernel_size
     return nn.Conv2d(features, features, size, padding=size // 2, groups=features)
 
 
-def conv_of(config: ShuffleMixerConfig) -> nn.Sequential:
-    """Make the convolutions after a pair of layers."""
+def make_conv(config: ShuffleMixerConfig) -> nn.Sequential:
+    """Return the convolutions that follow a pair of layers: 3x3 to more features, SiLU, 1x1 back."""
     features, wide = config.features, config.features + EXTRA_FEATURES
     return nn.Sequential(nn.Conv2d(features, wide, 3, padding=1), nn.SiLU(), nn.Conv2d(wide, features, 1))
 
 
-def upsampler_of(config: ShuffleMixerConfig) -> nn.Sequential:
-    """Make what enlarges the features, by 2 twice for ×4."""
+def make_upsampler(config: ShuffleMixerConfig) -> nn.Sequential:
+    """Return pixel-shuffle upsampling by the scale: in one step, for ×4 in two steps of 2."""
     parts: list[nn.Module] = []
     for factor in (2, 2) if config.scale == 4 else (config.scale,):
         parts += [nn.Conv2d(config.features, config.features * factor**2, 1), nn.PixelShuffle(factor), nn.SiLU()]
     return nn.Sequential(*parts)
 
 
-def tail_of(config: ShuffleMixerConfig) -> nn.Conv2d:
-    """Make the convolution to RGB."""
+def make_tail(config: ShuffleMixerConfig) -> nn.Conv2d:
+    """Return the convolution from features to RGB."""
     return nn.Conv2d(config.features, 3, 3, padding=1)

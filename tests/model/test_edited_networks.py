@@ -1,4 +1,4 @@
-"""Networks edited by hand: what their code says is what runs, whatever part was replaced, changed or hooked."""
+"""Edited networks run as their code says, whichever part was replaced, changed or hooked."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any, cast
 
 import pytest
 import torch
-from networks import compare, counted, kernel_off, small_network, step
+from networks import compare, kernel_calls, kernel_off, needs_mixing_kernel, small_network, step
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from model.cpu import fused
-from model.shufflemixer import ChannelNorm, FeatureMixingBlock, PointMlp, ShuffleMixer, ShuffleMixerLayer
+from model.cpu import mixing_kernel
+from model.layers import ChannelNorm, PointMlp
+from model.shufflemixer import FeatureMixingBlock, ShuffleMixer, ShuffleMixerLayer
 
 pytestmark = [
-    pytest.mark.skipif(fused.kernel is None, reason="the kernel is not built, or not for this processor"),
+    needs_mixing_kernel,
     pytest.mark.usefixtures("one_thread"),
 ]
 
@@ -30,7 +31,7 @@ def replace(network: nn.Module, name: str, new: nn.Module) -> None:
 
 
 class Wrapped(nn.Module):
-    """What a user's adapter does: it takes x, and knows nothing of its neighbours' private arguments."""
+    """A user's adapter: it takes `x`, and does not know the private arguments of its neighbours."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class Raised(nn.Module):
 
 
 def subclassed(network: nn.Module, name: str) -> None:
-    """The module becomes one of a subclass that overrides forward."""
+    """Make the module an instance of a subclass that overrides forward."""
     module = network.get_submodule(name)
     kind = type(module)
 
@@ -123,8 +124,8 @@ EDITS: dict[str, Callable[[nn.Module, str], object]] = {
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
-def test_every_submodule_is_edited(edit: Callable[[nn.Module, str], object]) -> None:
-    """Each in turn, after the network as made has run (what was found out of it must not stay)."""
+def test_each_edit_of_each_submodule(edit: Callable[[nn.Module, str], object]) -> None:
+    """Edit one submodule at a time, of a network that has run: nothing cached about it may survive."""
     plain = small_network()
     for name in NAMES:
         network = copy.deepcopy(plain)
@@ -187,7 +188,7 @@ REPLACEMENTS: dict[type[nn.Module], list[Callable[[Any], nn.Module]]] = {
 
 
 @pytest.mark.parametrize("kind", REPLACEMENTS)
-def test_every_submodule_is_replaced_by_others_of_its_kind(kind: type[nn.Module]) -> None:
+def test_each_submodule_replaced_by_others_of_its_kind(kind: type[nn.Module]) -> None:
     plain = small_network()
     step(plain, LR)
     replaced = 0
@@ -202,7 +203,7 @@ def test_every_submodule_is_replaced_by_others_of_its_kind(kind: type[nn.Module]
 
 
 def other_values(value: object) -> Iterator[object]:
-    """Values of the same kind as an attribute's."""
+    """Yield other values of the type of `value`."""
     if isinstance(value, bool):
         yield not value
     elif isinstance(value, (int, float)):
@@ -213,7 +214,7 @@ def other_values(value: object) -> Iterator[object]:
         yield tuple(one + 1 for one in value)
 
 
-def test_every_attribute_is_changed() -> None:
+def test_each_attribute_changed() -> None:
     plain = small_network()
     step(plain, LR)
     changed = set()
@@ -244,7 +245,7 @@ def test_every_attribute_is_changed() -> None:
         lambda weight: weight.register_hook(lambda gradient: gradient * 2),
     ],
 )
-def test_every_weight_is_changed_in_place(change: Callable[[Tensor], object]) -> None:
+def test_each_weight_changed_in_place(change: Callable[[Tensor], object]) -> None:
     plain = small_network()
     step(plain, LR)
     for name, _ in plain.named_parameters():
@@ -253,25 +254,25 @@ def test_every_weight_is_changed_in_place(change: Callable[[Tensor], object]) ->
         compare(network, LR, name, restore=False)
 
 
-def test_an_edit_leaves_the_kernel_to_the_other_parts() -> None:
+def test_kernel_still_computes_unedited_parts() -> None:
     network = small_network()
-    with counted() as names:
+    with kernel_calls() as names:
         network(LR)
     assert sorted(names) == ["Depthwise"] * 2 + ["Enlarge"] + ["Mix"] * 4 + ["Project"]
     names.clear()
     replace(network, "blocks.0.net.0.mlp1.fc.1", nn.GELU())
     cast(Any, network.tail).padding_mode = "reflect"
-    with counted() as names:
+    with kernel_calls() as names:
         network(LR)
     assert sorted(names) == ["Depthwise"] * 2 + ["Mix"] * 3 + ["Project"]
     cast(Any, network.tail).padding_mode = "zeros"
-    with counted() as names:
+    with kernel_calls() as names:
         network(LR)
-    assert "Enlarge" in names  # found again
+    assert "Enlarge" in names  # eligible again
 
 
-def test_parts_used_twice() -> None:
-    """Weights tied by hand: a module in two places, also in one sequence."""
+def test_modules_used_twice() -> None:
+    """Tied weights: one module in two places, and twice in one sequence."""
     network = small_network(scale=4, mlp_ratio=1)
     layer = network.get_submodule("blocks.0.net.0")
     assert isinstance(layer, ShuffleMixerLayer)
@@ -279,14 +280,14 @@ def test_parts_used_twice() -> None:
     layer.mlp1.fc[2] = layer.mlp1.fc[0]
     for i in range(3):
         network.upsapling[3 + i] = network.upsapling[i]
-    with counted() as names:
+    with kernel_calls() as names:
         network(LR)
     assert names.count("Mix") == 4
     assert names.count("Enlarge") == 2
     assert not isinstance(compare(network, LR), str)
 
 
-def test_layers_are_added_and_taken_away() -> None:
+def test_layers_added_and_removed() -> None:
     for count in (0, 1, 3):
         network = small_network()
         block = network.get_submodule("blocks.0")
@@ -297,7 +298,7 @@ def test_layers_are_added_and_taken_away() -> None:
         assert not isinstance(compare(network, LR, str(count)), str)
 
 
-def test_layers_work_alone_and_in_any_memory_format() -> None:
+def test_single_layers_in_any_memory_format() -> None:
     network = small_network()
     x = torch.randn(2, 32, 5, 6, generator=torch.Generator().manual_seed(4))
     for name in ("blocks.0", "blocks.0.net.0", "blocks.0.net"):
@@ -312,15 +313,15 @@ def test_layers_work_alone_and_in_any_memory_format() -> None:
                 torch.testing.assert_close(got, module(negative), rtol=1e-4, atol=1e-4)
 
 
-def test_too_many_features_are_not_for_the_kernel() -> None:
-    assert not fused.why_not(torch.empty(1, fused.MOST_CHANNELS, 1, 1))
-    assert "multiples of 32 up to 2048" in fused.why_not(torch.empty(1, fused.MOST_CHANNELS + 32, 1, 1))
-    assert fused.kernel.MOST_CHANNELS == fused.MOST_CHANNELS
+def test_too_many_features_for_the_kernel() -> None:
+    assert not mixing_kernel.why_not(torch.empty(1, mixing_kernel.MAX_CHANNELS, 1, 1))
+    assert "multiples of 32 up to 2048" in mixing_kernel.why_not(torch.empty(1, mixing_kernel.MAX_CHANNELS + 32, 1, 1))
+    assert mixing_kernel.extension.MOST_CHANNELS == mixing_kernel.MAX_CHANNELS
 
 
 @pytest.mark.parametrize("active", [False, True])
 def test_dropout_and_activation_checkpointing_agree(active: bool) -> None:
-    """The block computed again in the backward pass draws what the first one drew."""
+    """Blocks recomputed in the backward pass draw the same random numbers."""
     results = []
     for checkpointing in (False, True):
         network = small_network()
@@ -335,7 +336,7 @@ def test_dropout_and_activation_checkpointing_agree(active: bool) -> None:
         assert torch.equal(one, other)
 
 
-def test_blocks_may_be_anything() -> None:
+def test_blocks_replaced_by_any_module() -> None:
     for new in (nn.Identity(), Wrapped(nn.Identity()), nn.Conv2d(32, 32, 3, padding=1)):
         for checkpointing in (False, True):
             network = small_network()
@@ -345,13 +346,13 @@ def test_blocks_may_be_anything() -> None:
 
 
 class Own(ShuffleMixer):
-    """A network of a user's own, on top of ours."""
+    """A user's subclass of the network."""
 
     def upsample(self, x: Tensor) -> Tensor:
         return super().upsample(x * 0.5)
 
 
-def test_subclasses_are_honoured() -> None:
+def test_overridden_methods_run() -> None:
     torch.manual_seed(0)
     network = Own(32, 3, 1, 2, 2)
     assert not isinstance(compare(network, LR), str)
@@ -367,8 +368,8 @@ def test_subclasses_are_honoured() -> None:
         *((nn.Module, "__call__"), (nn.Sequential, "forward"), (nn.functional, "silu"), (nn.functional, "layer_norm")),
     ],
 )
-def test_replaced_code_is_what_runs(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As tools do that count or rewrite operations."""
+def test_replaced_functions_run(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tools replace functions, to count or rewrite operations."""
     network = small_network()
     step(network, LR)
     before, calls = getattr(owner, name), []
@@ -384,6 +385,6 @@ def test_replaced_code_is_what_runs(owner: Any, name: str, monkeypatch: pytest.M
     assert half
     assert calls == [name] * 2 * half
     monkeypatch.undo()
-    with counted() as names:
+    with kernel_calls() as names:
         network(LR)
     assert len(names) == 8
