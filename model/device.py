@@ -1,4 +1,4 @@
-"""The device that a command computes on."""
+"""The device that a command computes on, and the errors of one whose memory ran out."""
 
 import click
 import torch
@@ -15,3 +15,12 @@ def pick_device(name: str) -> torch.device:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise click.BadParameter(f"cannot use {name!r}: {reason}", param_hint="'--device'") from error
     return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: a GPU's, or the machine's, for which torch has no type of its own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    signs = ("DefaultCPUAllocator: ", "CUDA out of memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

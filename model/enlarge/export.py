@@ -21,8 +21,11 @@ import torch
 
 from loader.errors import ShardsError, one_line
 from loader.system.safefile import write_atomically
-from model.enlarge.options import Weights, check_output, describe, open_network, weights_option
+from model.enlarge.networks import describe, open_network
+from model.enlarge.options import Weights, weights_option
+from model.enlarge.outputs import check_output
 from model.shufflemixer import ShuffleMixer
+from prep.console.errors import errors_as_messages
 from prep.console.paths import GivenPath
 from prep.console.unix import UnixCommand
 
@@ -131,7 +134,7 @@ def _forget_sources(model: ModelProto) -> None:
 @weights_option
 def main(path: Path, checkpoint: Path, weights: Weights) -> None:
     """Export a network to ONNX; batch, height and width stay free."""
-    try:
+    with errors_as_messages():
         check_output(path, [checkpoint])
         loaded, network = open_network(checkpoint, weights)
         notes = {"scale": str(loaded.config.scale), "weights": loaded.weights_key, "network": str(loaded.config)}
@@ -147,8 +150,4 @@ def main(path: Path, checkpoint: Path, weights: Weights) -> None:
                 )
             checked = f"largest difference between onnxruntime and torch {difference:.2e}"
         write_atomically(path, onnx)
-    except ShardsError as error:
-        raise click.ClickException(str(error)) from error
-    except OSError as error:
-        raise click.ClickException(one_line(f"{error.filename}: {error.strerror}")) from error
     click.echo(f"{one_line(str(path))}: ONNX opset {OPSET}, {len(onnx)} bytes, {checked}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Literal
 
@@ -12,33 +11,17 @@ from torch import Tensor, nn
 
 from loader.errors import ShardsError
 from loader.resize.imresize import enlarge
-from model.enlarge.tiles import Forward, Tiling, Watch, automatic_tiling, by_tiles
-from model.enlarge.tiles import self_ensemble as ensemble
+from model.enlarge.self_ensemble import self_ensembled
+from model.enlarge.tile_size import automatic_tiling
+from model.enlarge.tiles import Forward, TileProgress, Tiling, enlarge_in_tiles
 from model.metrics import Image
 from model.shufflemixer import ShuffleMixer
 
 Upscaler = Callable[[Image], Image]
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-KEPT = (1 << 31) - 1  # bytes
 
-
-class OutputError(ShardsError):
+class NonFiniteError(ShardsError):
     """A network whose result is no image."""
-
-
-def keep_freed_memory() -> None:
-    """Let the process keep what it frees: features of many megabytes come and go with every layer.
-
-    By default glibc returns each to the system and asks for it again, which clears it page by page: on the CPU that
-    takes as long as half of the network's own work. For commands; a library leaves its process as it is.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # another C library
-        return
-    mallopt(M_MMAP_THRESHOLD, KEPT)
-    mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def bicubic_upscaler(scale: int) -> Upscaler:
@@ -52,7 +35,7 @@ def network_upscaler(
     *,
     tiling: Tiling | Literal["auto"] | None = None,
     self_ensemble: bool = False,
-    watch: Watch = lambda tiles: tiles,
+    progress: TileProgress = lambda tiles: tiles,
 ) -> Upscaler:
     """Enlarge by `network`, which must be on `device`; its output is clamped and rounded to uint8.
 
@@ -61,9 +44,9 @@ def network_upscaler(
         device: where it is.
         tiling: None enlarges the image as a whole; "auto", for a ShuffleMixer, tile by tile where it is too large.
         self_ensemble: average over the 8 flips and quarter turns, before rounding; takes 8 times as long.
-        watch: is handed the tiles of an image and gives them back, one after another.
+        progress: is handed the tiles of an image and gives them back, one after another.
 
-    The upscaler raises OutputError where the network gives NaN or infinity, which no byte stands for.
+    The upscaler raises NonFiniteError where the network gives NaN or infinity, which no byte stands for.
     """
     if tiling == "auto" and not isinstance(network, ShuffleMixer):
         raise ValueError(f"automatic tiles need a ShuffleMixer, got {type(network).__name__}")
@@ -72,7 +55,7 @@ def network_upscaler(
         result: Tensor = network(pixels.to(device).float() / 255)
         return result
 
-    forward: Forward = ensemble(to_device) if self_ensemble else to_device
+    forward: Forward = self_ensembled(to_device) if self_ensemble else to_device
 
     def upscale(lr: Image) -> Image:
         pixels = torch.from_numpy(np.ascontiguousarray(lr)).permute(2, 0, 1).unsqueeze(0)
@@ -84,7 +67,7 @@ def network_upscaler(
         network.eval()
         try:
             with torch.inference_mode():
-                sr = by_tiles(forward, pixels, tiles, _to_bytes, watch)
+                sr = enlarge_in_tiles(forward, pixels, tiles, _to_bytes, progress)
         finally:
             network.train(training)
         return np.ascontiguousarray(sr[0].permute(1, 2, 0).numpy())
@@ -95,5 +78,5 @@ def network_upscaler(
 def _to_bytes(sr: Tensor) -> Tensor:
     low, high = sr.aminmax()  # NaN if there is one
     if not (low.isfinite() and high.isfinite()):
-        raise OutputError("expected a network that gives finite values, got NaN or infinity")
+        raise NonFiniteError("expected a network that gives finite values, got NaN or infinity")
     return sr.float().clamp(0, 1).mul(255).round().byte().cpu()

@@ -6,7 +6,7 @@ bottom and right, as everyone does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +17,14 @@ from loader.errors import ShardsError, one_line
 from loader.resize.imresize import imresize
 from model.metrics import Image, too_small
 from prep.images.decode import read_image
-from prep.images.find import ImageFile, find_images
+from prep.images.find import find_images
 from prep.images.pair import check_sizes, pair_lr
 
 LeaveOut = Callable[[str, str], None]  # an image's name, and why it is left out
 
 
 @dataclass(frozen=True)
-class Pair:
+class ImagePair:
     """One test image: `hr` is uint8 (H·scale, W·scale, 3), `lr` uint8 (H, W, 3)."""
 
     name: str
@@ -32,7 +32,7 @@ class Pair:
     hr: Image
 
 
-def read_pairs(hr: Path, lr: Path | None, scale: int, leave_out: LeaveOut | None = None) -> Iterator[Pair]:
+def read_pairs(hr: Path, lr: Path | None, scale: int, leave_out: LeaveOut | None = None) -> Iterator[ImagePair]:
     """Read the images of folder `hr`, with LR from folder `lr` or made from HR by `imresize`.
 
     LR images are found by stem, with or without `x4` behind it, and may be HR's size rounded up, as for `prep
@@ -43,7 +43,7 @@ def read_pairs(hr: Path, lr: Path | None, scale: int, leave_out: LeaveOut | None
     images = find_images([hr])
     given = None
     if lr is not None:
-        given = find_lr(images, lr, scale)
+        given = pair_lr(images, lr, scale, equal_names=True)
         check_sizes(images, given, scale)
     for number, image in enumerate(images):
         pixels = read_image(image.path)
@@ -56,20 +56,10 @@ def read_pairs(hr: Path, lr: Path | None, scale: int, leave_out: LeaveOut | None
             continue
         pixels = pixels[: height * scale, : width * scale]
         small = imresize(pixels, scale) if given is None else read_image(given[number].path)
-        yield Pair(image.stem, small[:height, :width], pixels)
+        yield ImagePair(image.stem, small[:height, :width], pixels)
 
 
-def find_lr(images: Sequence[ImageFile], folder: Path, scale: int) -> list[ImageFile]:
-    """Find the LR file of each image: as `pair_lr` does, or by equal names where it finds none of them."""
-    inner = folder / f"X{scale}"
-    files = {file.stem: file for file in find_images([inner if inner.is_dir() else folder])}
-    equal = all(image.stem in files for image in images) and len(files) == len(images)
-    if equal and not all(f"{image.stem}x{scale}" in files for image in images):
-        return [files[image.stem] for image in images]
-    return pair_lr(images, folder, scale)
-
-
-def large_enough(pairs: Iterable[Pair], border: int, leave_out: LeaveOut) -> Iterator[Pair]:
+def large_enough(pairs: Iterable[ImagePair], border: int, leave_out: LeaveOut) -> Iterator[ImagePair]:
     """Give the pairs that can be scored inside a border; `leave_out` is told of the others."""
     for pair in pairs:
         height, width = pair.hr.shape[:2]
@@ -79,8 +69,8 @@ def large_enough(pairs: Iterable[Pair], border: int, leave_out: LeaveOut) -> Ite
             leave_out(pair.name, lack)
 
 
-def shard_pairs(images: ImageDataset, numbers: Iterable[int] | None = None) -> Iterator[Pair]:
+def shard_pairs(images: ImageDataset, numbers: Iterable[int] | None = None) -> Iterator[ImagePair]:
     """Give whole images of a dataset of shards: those of the given numbers, or all."""
     for number in range(len(images)) if numbers is None else numbers:
         lr, hr = (np.ascontiguousarray(side.permute(1, 2, 0).numpy()) for side in images[number])
-        yield Pair(images.names[number], lr, hr)
+        yield ImagePair(images.names[number], lr, hr)

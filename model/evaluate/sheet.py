@@ -15,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from loader.errors import ShardsError, one_line
 from loader.system.safefile import write_atomically
 from model.metrics import Image, Scores, luma, psnr, score
 
@@ -119,7 +120,7 @@ def write_sheet(rows: Sequence[Row], path: Path) -> None:
         raise ValueError(f"expected a name that ends in .png, got {path.name!r}")
     encoded, data = cv2.imencode(".png", np.ascontiguousarray(draw_sheet(rows)[..., ::-1]))
     if not encoded:
-        raise OSError(f"{path}: expected to encode a PNG, got nothing")
+        raise ShardsError(one_line(f"{path}: expected a size that PNG can hold, got {len(rows)} rows"))
     write_atomically(path, data.tobytes())
 
 

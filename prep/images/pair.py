@@ -12,10 +12,18 @@ from prep.images.find import ImageFile, Note, find_images, is_folder, listing, s
 HEADER_THREADS = 16  # headers are small reads: on network storage they take the time of a round trip each
 
 
-def pair_lr(images: Sequence[ImageFile], folder: Path, scale: int, note: Note = lambda text: None) -> list[ImageFile]:
+def pair_lr(
+    images: Sequence[ImageFile],
+    folder: Path,
+    scale: int,
+    note: Note = lambda text: None,
+    *,
+    equal_names: bool = False,
+) -> list[ImageFile]:
     """Return the LR file of each image: `folder/X4/0001x4.png`, or `folder/0001x4.png` where there is no folder X4.
 
     Names that differ in nothing but their Unicode normal form are the same. `note` is as for `find_images`.
+    With `equal_names`, a folder whose files have exactly the names of the images is accepted too.
 
     Raises:
         ShardsError: listing every image without LR and every LR without image.
@@ -24,6 +32,9 @@ def pair_lr(images: Sequence[ImageFile], folder: Path, scale: int, note: Note = 
     inner = folder / f"X{scale}"
     apart = is_folder(inner)
     files = {same(file.stem): file for file in find_images([inner if apart else folder], note)}
+    stems = [same(image.stem) for image in images]
+    if equal_names and files.keys() == set(stems):
+        return [files[stem] for stem in stems]
     if not apart:  # files of several scales side by side
         files = {stem: file for stem, file in files.items() if stem.endswith(suffix)}
     wanted = {same(image.stem + suffix): image for image in images}

@@ -20,8 +20,9 @@ from loader import ImageDataset, ShardsError
 from loader.resize.imresize import enlarge, imresize
 from model.checkpoints import load_checkpoint
 from model.enlarge.upscalers import bicubic_upscaler, network_upscaler
-from model.evaluate.evaluate import main, score_pairs
-from model.evaluate.pairs import Pair, read_pairs, shard_pairs
+from model.evaluate.evaluate import main
+from model.evaluate.pairs import ImagePair, read_pairs, shard_pairs
+from model.evaluate.scoring import score_pairs
 from model.metrics import Image, score
 from model.shufflemixer import ShuffleMixer
 from prep.cli import main as prep
@@ -125,11 +126,13 @@ def test_shards_give_the_same_pairs_as_their_folder(hr: Path, tmp_path: Path) ->
 def test_score_pairs_compares_what_the_upscaler_gives() -> None:
     image = photograph(40, 44)
     lr = imresize(image, 2)
-    scored = dict(score_pairs(bicubic_upscaler(2), [Pair("x", lr, image)], border=2))
-    assert scored == {"x": score(enlarge(lr, 2), image, border=2)}
+    (scored,) = score_pairs(bicubic_upscaler(2), [ImagePair("x", lr, image)], border=2)
+    assert scored.pair.name == "x"
+    assert np.array_equal(scored.sr, enlarge(lr, 2))
+    assert scored.scores == score(enlarge(lr, 2), image, border=2)
     tiny = np.zeros((8, 8, 3), np.uint8)
     with pytest.raises(ShardsError, match="image small: SSIM needs 11 x 11"):
-        list(score_pairs(bicubic_upscaler(2), [Pair("small", tiny[:4, :4], tiny)], border=2))
+        list(score_pairs(bicubic_upscaler(2), [ImagePair("small", tiny[:4, :4], tiny)], border=2))
 
 
 def test_bicubic_command(hr: Path) -> None:
@@ -158,8 +161,8 @@ def test_checkpoint_command_says_which_weights(hr: Path, tmp_path: Path) -> None
         assert result.exit_code == 0, result.output
         assert f"weights {key}," in result.stdout
         upscale = network_upscaler(network, torch.device("cpu"))
-        scores = dict(score_pairs(upscale, read_pairs(hr, None, 2), border=2))
-        assert f"a {scores['a'].psnr_rgb:.4f} " in result.stdout
+        first = next(score_pairs(upscale, read_pairs(hr, None, 2), border=2))
+        assert f"a {first.scores.psnr_rgb:.4f} " in result.stdout
         means.append(result.stdout.splitlines()[-1])
     assert means[0] != means[1]
 
@@ -288,12 +291,12 @@ def test_bad_input_is_one_clear_line(hr: Path, weights: Path, tmp_path: Path) ->
         (["--hr", hr, "--checkpoint", tmp_path / "text.pt"], "got a damaged file or other content"),
         (["--hr", hr, "--checkpoint", tmp_path / "x4.pt"], "expected a network for --scale 2, got one for 4"),
         (["--shards", hr, "--bicubic"], "index.json"),
-        (["--hr", hr, "--bicubic", "--save", hr], f"expected a folder for results outside {hr}"),
-        (["--hr", hr, "--bicubic", "--save", hr / "inner"], f"expected a folder for results outside {hr}"),
+        (["--hr", hr, "--bicubic", "--save", hr], f"expected a path outside the input {hr}"),
+        (["--hr", hr, "--bicubic", "--save", hr / "inner"], f"expected a path outside the input {hr}"),
         (["--hr", hr, "--bicubic", "--save", tmp_path / "text.pt"], "text.pt: File exists"),
         (["--hr", hr, "--checkpoint", weights, "--sheet", tmp_path / "text.pt" / "x.png"], "text.pt: File exists"),
         (["--hr", hr, "--checkpoint", weights, "--sheet", tmp_path / "empty.png"], "empty.png: expected a file"),
-        (["--hr", hr, "--checkpoint", weights, "--sheet", hr / "sheet.png"], f"expected a place outside {hr}"),
+        (["--hr", hr, "--checkpoint", weights, "--sheet", hr / "sheet.png"], f"expected a path outside the input {hr}"),
         (["--hr", hr, "--checkpoint", weights, "--sheet", tmp_path / "weights.pt/x.png"], "weights.pt: File exists"),
     ):
         result = run(*arguments, "--scale", 2)

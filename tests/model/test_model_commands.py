@@ -20,12 +20,14 @@ from PIL import Image as Pillow
 from loader.errors import ShardsError
 from model.checkpoints import load_checkpoint
 from model.enlarge import export, upscale
+from model.enlarge.allocator import keep_freed_memory
 from model.enlarge.export import ExportError, largest_difference
-from model.enlarge.upscalers import OutputError, keep_freed_memory, network_upscaler
+from model.enlarge.upscalers import NonFiniteError, network_upscaler
 from model.evaluate import curves, evaluate
 from model.evaluate.pairs import read_pairs
 from model.metrics import psnr, ssim
 from model.shufflemixer import ShuffleMixer
+from prep.console import progress
 
 CPU = torch.device("cpu")
 
@@ -71,7 +73,7 @@ def test_scores_of_nan_are_nan() -> None:
 def test_a_network_that_gives_no_number_is_told(value: float) -> None:
     network = small()
     torch.nn.init.constant_(network.tail.bias, value)  # type: ignore[arg-type]
-    with pytest.raises(OutputError, match="expected a network that gives finite values, got NaN or infinity"):
+    with pytest.raises(NonFiniteError, match="expected a network that gives finite values, got NaN or infinity"):
         network_upscaler(network, CPU)(photograph(8, 8))
 
 
@@ -157,7 +159,7 @@ def test_small_images_are_left_out_of_the_mean(hr: Path) -> None:
     [
         (["--sheet", "folder.png"], "folder.png: expected a file or nothing there, got a folder"),
         (["--sheet", "pipe.png"], "pipe.png: expected a file or nothing there"),
-        (["--sheet", "hr/sheet.png"], "hr/sheet.png: expected a place outside hr, which is read from"),
+        (["--sheet", "hr/sheet.png"], "hr/sheet.png: expected a path outside the input hr"),
         (["--sheet", "weights.pt/sheet.png"], "weights.pt: File exists"),
         (["--sheet", "sheet.jpg"], "expected a name that ends in .png, got 'sheet.jpg'"),
         (["--sheet", "/proc/sheet.png"], "/proc: "),
@@ -240,18 +242,18 @@ def test_the_checkpoint_is_never_replaced(hr: Path, weights: Path) -> None:
     assert "is one of the files that are read" in result.stderr
     result = run(export, "--onnx", target, "--checkpoint", target)
     assert result.exit_code == 1
-    assert "expected a place outside" in result.stderr
+    assert "expected a path outside the input" in result.stderr
     assert load_checkpoint(target).weights_key == "params"
 
 
 def test_progress_is_told_where_there_is_no_terminal(
     hr: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upscale, "INTERVAL", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     flags = ["--checkpoint", weights, "--out", tmp_path / "b.png", "--tile", 20]
     result = run(upscale, hr / "a.png", *flags)
     assert result.exit_code == 0
-    assert [line.partition(",")[0] for line in result.stderr.splitlines()] == [f"{n} of 6 tiles" for n in range(1, 6)]
+    assert [line.partition(",")[0] for line in result.stderr.splitlines()] == [f"{n}/6 tiles" for n in range(1, 6)]
 
 
 def test_freed_memory_is_kept() -> None:
@@ -259,7 +261,7 @@ def test_freed_memory_is_kept() -> None:
     code = """if True:
         import resource
         import numpy as np
-        from model.enlarge.upscalers import keep_freed_memory
+        from model.enlarge.allocator import keep_freed_memory
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(10):

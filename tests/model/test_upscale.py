@@ -17,10 +17,10 @@ from PIL import ImageCms
 
 from loader.errors import ShardsError
 from loader.resize.imresize import enlarge
-from model.enlarge import tiles as tiled
-from model.enlarge import upscale
+from model.enlarge import alpha, tile_size, upscale
+from model.enlarge.alpha import enlarge_alpha
 from model.enlarge.pictures import Picture, encode_picture, read_picture
-from model.enlarge.upscale import enlarge_strips, main
+from model.enlarge.upscale import main
 from model.enlarge.upscalers import network_upscaler
 from model.metrics import Image
 from model.shufflemixer import ShuffleMixer
@@ -110,8 +110,8 @@ def test_tiles_and_whole_give_the_same(
     made = []
     for number, tile in enumerate((100, 7, "auto")):
         if number == 2:
-            monkeypatch.setattr(tiled, "MEMORY", 0)
-            monkeypatch.setattr(tiled, "SMALLEST", 9)
+            monkeypatch.setattr(tile_size, "MEMORY_BUDGET", 0)
+            monkeypatch.setattr(tile_size, "MIN_TILE", 9)
         out = tmp_path / f"{number}.png"
         assert run(folder / "a.png", "--checkpoint", weights, "--out", out, "--tile", tile).exit_code == 0
         made.append(pixels(out).astype(int))
@@ -137,9 +137,9 @@ def test_transparency_is_kept(folder: Path, weights: Path, network: ShuffleMixer
 
 def test_alpha_by_strips_is_alpha_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     plane = np.ascontiguousarray(photograph(41, 30)[..., 0])
-    monkeypatch.setattr(upscale, "STRIP", 150)
+    monkeypatch.setattr(alpha, "STRIP", 150)
     for scale in (2, 3, 4):
-        assert np.array_equal(enlarge_strips(plane, scale), enlarge(plane, scale))
+        assert np.array_equal(enlarge_alpha(plane, scale), enlarge(plane, scale))
 
 
 def test_bad_pictures_do_not_stop_the_others(folder: Path, weights: Path, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_usage_and_checkpoint_errors(folder: Path, weights: Path, tmp_path: Path
         ([a, "--checkpoint", weights, "--scale", 4], 1, "expected a network for --scale 4, got one for 2"),
         ([a, "--checkpoint", a], 1, "a.png: expected tensors written by torch.save"),
         ([a, "--checkpoint", weights, "--out", weights], 2, "weights.pt: expected a folder, or a name that ends"),
-        ([a, "--checkpoint", weights, "--out", weights / "b"], 1, "weights.pt/b/a_x2.png: expected to write there"),
+        ([a, "--checkpoint", weights, "--out", weights / "b"], 1, "weights.pt/b/a_x2.png: expected a writable path"),
         ([a, "--checkpoint", weights, "--out", tmp_path / "b.gif"], 2, "b.gif: expected a folder, or a name that ends"),
         ([a, "--checkpoint", weights, "--out", ""], 2, "expected a path, got an empty one"),
         (["", "--checkpoint", weights], 2, "expected a path, got an empty one"),

@@ -10,10 +10,37 @@ import torch
 from networks import small_network
 from torch import nn
 
-from model.enlarge import tiles as tiled
+from model.enlarge import tile_size
 from model.enlarge.options import choose_tiling
-from model.enlarge.tiles import Tiling, automatic_tiling, by_tiles, receptive_radius
+from model.enlarge.receptive_field import receptive_radius
+from model.enlarge.tile_size import automatic_tiling
+from model.enlarge.tiles import Tiling, enlarge_in_tiles
 from model.shufflemixer import ShuffleMixer
+
+
+@pytest.mark.parametrize(("name", "radius"), [("tiny", 17), ("base", 37)])
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_radius_of_the_published_networks(name: str, radius: int, scale: int) -> None:
+    assert receptive_radius(ShuffleMixer.preset(name, scale)) == radius
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize(("kernel_size", "blocks"), [(3, 1), (3, 2), (7, 1)])
+def test_nothing_beyond_the_radius_matters(scale: int, kernel_size: int, blocks: int) -> None:
+    """The gradient of the pixels made of LR pixel (c, c) ends at the radius, and reaches it."""
+    torch.manual_seed(0)
+    net = ShuffleMixer(8, kernel_size, blocks, 2, scale).eval()
+    radius = receptive_radius(net)
+    assert radius is not None
+    centre = radius + 4
+    lr = torch.rand(1, 3, 2 * centre + 1, 2 * centre + 1, dtype=torch.float64).requires_grad_()
+    inner = slice(centre * scale, (centre + 1) * scale)
+    (gradient,) = torch.autograd.grad(net.double()(lr)[..., inner, inner].sum(), lr)
+    rows = gradient.abs().sum((0, 1, 3)).nonzero().flatten()
+    columns = gradient.abs().sum((0, 1, 2)).nonzero().flatten()
+    for seen in (rows, columns):
+        assert seen.min() == centre - radius
+        assert seen.max() == centre + radius
 
 
 def dilate(network: ShuffleMixer) -> None:
@@ -43,7 +70,7 @@ def test_radius_of_edited_networks(edit: Callable[[ShuffleMixer], None], radius:
     assert receptive_radius(network) == radius
     lr = torch.rand(1, 3, 40, 33, dtype=torch.float64)
     with torch.inference_mode():
-        torch.testing.assert_close(by_tiles(network, lr, Tiling(9, radius)), network(lr), rtol=0, atol=1e-9)
+        torch.testing.assert_close(enlarge_in_tiles(network, lr, Tiling(9, radius)), network(lr), rtol=0, atol=1e-9)
 
 
 class Own(nn.Module):
@@ -65,7 +92,7 @@ class Own(nn.Module):
 def test_where_the_radius_is_unknown_images_stay_whole(
     edit: Callable[[ShuffleMixer], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiled, "MEMORY", 1 << 20)
+    monkeypatch.setattr(tile_size, "MEMORY_BUDGET", 1 << 20)
     network = small_network()
     assert automatic_tiling(network, 1000, 1000) is not None
     edit(network)

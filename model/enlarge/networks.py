@@ -1,0 +1,27 @@
+"""Networks opened from checkpoints, and described in a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loader.errors import one_line
+from model.checkpoints import Checkpoint, CheckpointError, load_checkpoint
+from model.enlarge.options import Weights
+from model.shufflemixer import ShuffleMixer
+
+
+def open_network(path: Path, prefer: Weights, scale: int | None = None) -> tuple[Checkpoint, ShuffleMixer]:
+    """Read a checkpoint and build its network, on the CPU; CheckpointError for one of another scale than `scale`."""
+    checkpoint = load_checkpoint(path, prefer)
+    if scale not in (None, checkpoint.config.scale):
+        raise CheckpointError(f"{path}: expected a network for --scale {scale}, got one for {checkpoint.config.scale}")
+    return checkpoint, checkpoint.build()
+
+
+def describe(checkpoint: Checkpoint, network: ShuffleMixer) -> str:
+    """Say in a line which weights these are, and of what network."""
+    config = checkpoint.config
+    return one_line(
+        f"checkpoint {checkpoint.path}: weights {checkpoint.weights_key}, {network.parameter_count()} parameters, "
+        f"{config.features} features, kernel {config.kernel_size}, {config.blocks} blocks"
+    )
