@@ -1,4 +1,4 @@
-"""The device that a command computes on, and the errors of one whose memory ran out."""
+"""The device that a command computes on, and its out-of-memory errors."""
 
 import click
 import torch
@@ -18,7 +18,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: a GPU's, or the machine's, for which torch has no type of its own."""
+    """Return whether an error means out of memory, on a GPU or on the CPU, where torch raises a plain RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)

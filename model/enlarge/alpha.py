@@ -1,4 +1,4 @@
-"""Alpha channels enlarged by MATLAB's bicubic."""
+"""Enlarging alpha channels by MATLAB's bicubic."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from loader.resize.imresize import enlarge
 from model.enlarge.pictures import Pixels
 from model.enlarge.tiles import Tiling, cut_axis
 
-STRIP = 1 << 18  # LR pixels of alpha enlarged at once
-BICUBIC_RADIUS = 3  # LR pixels that matter to an enlarged one, at most
+STRIP = 1 << 18  # LR pixels enlarged at once
+BICUBIC_RADIUS = 3  # LR pixels
 
 
 def enlarge_alpha(alpha: Pixels, scale: int) -> Pixels:
-    """Enlarge (H, W) by MATLAB's bicubic, strip by strip: it works in doubles, which take memory."""
+    """Enlarge uint8 (H, W), strip by strip: `enlarge` needs several float64 copies."""
     height, width = alpha.shape
     large = np.empty((height * scale, width * scale), np.uint8)
     for rows in cut_axis(height, Tiling(max(1, STRIP // width), BICUBIC_RADIUS)):

@@ -1,4 +1,4 @@
-"""Networks opened from checkpoints, and described in a line."""
+"""Networks from checkpoints."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from model.shufflemixer import ShuffleMixer
 
 
 def open_network(path: Path, prefer: Weights, scale: int | None = None) -> tuple[Checkpoint, ShuffleMixer]:
-    """Read a checkpoint and build its network, on the CPU; CheckpointError for one of another scale than `scale`."""
+    """Read a checkpoint and build its network on the CPU.
+
+    Raises CheckpointError for an unusable checkpoint, or a network of another scale than `scale`.
+    """
     checkpoint = load_checkpoint(path, prefer)
     if scale not in (None, checkpoint.config.scale):
-        raise CheckpointError(f"{path}: expected a network for --scale {scale}, got one for {checkpoint.config.scale}")
+        raise CheckpointError(f"{path}: expected a network for scale {scale}, got scale {checkpoint.config.scale}")
     return checkpoint, checkpoint.build()
 
 
 def describe(checkpoint: Checkpoint, network: ShuffleMixer) -> str:
-    """Say in a line which weights these are, and of what network."""
+    """Return a line about the weights and the network."""
     config = checkpoint.config
     return one_line(
         f"checkpoint {checkpoint.path}: weights {checkpoint.weights_key}, {network.parameter_count()} parameters, "

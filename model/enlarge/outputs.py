@@ -1,4 +1,4 @@
-"""Checks, before the work begins, that results can be written and replace nothing that is read."""
+"""Checks of output paths, made before the slow part of a command."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from loader.system.safefile import open_exclusive
 
 
 def check_output(path: Path, inputs: Iterable[Path]) -> None:
-    """Check that a file can be written to `path`, outside of all inputs; create its folder.
+    """Check that a file can be written to `path`, outside all inputs, and create its folder.
 
     Raises:
-        ShardsError: it is an input or lies in one that is a folder, or something other than a file is there.
+        ShardsError: `path` is an input, is inside an input folder, or is not a regular file.
         OSError: its folder cannot be created or written to.
     """
     _check_outside(path, inputs)
     if path.exists() and not path.is_file():
-        raise ShardsError(one_line(f"{path}: expected a file or nothing there, got a folder or a device"))
+        raise ShardsError(one_line(f"{path}: expected a regular file or a new path, got a folder or a device"))
     _check_writable(path.parent)
 
 
 def check_output_folder(folder: Path, inputs: Iterable[Path]) -> None:
-    """Check that files can be written to `folder`, outside of all inputs; create it.
+    """Check that files can be written to `folder`, outside all inputs, and create it.
 
     Raises:
-        ShardsError: it is an input or lies in one.
+        ShardsError: `folder` is an input or is inside one.
         OSError: it cannot be created or written to.
     """
     _check_outside(folder, inputs)

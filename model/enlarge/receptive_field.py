@@ -1,4 +1,4 @@
-"""How far a network sees: the LR pixels that can matter to one of its outputs, computed from its modules."""
+"""The receptive field of a network, computed from its modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from model.parts import ChannelNorm, PointMlp
 from model.shufflemixer import FeatureMixingBlock, ShuffleMixer, ShuffleMixerLayer
 
-# Modules that look at no other pixel, or leave it to those in them.
+# Modules that work on each pixel alone, or only call the modules they contain.
 LOCAL = (
     *(ShuffleMixer, FeatureMixingBlock, ShuffleMixerLayer, PointMlp, ChannelNorm, nn.Sequential, nn.LayerNorm),
     *(nn.Identity, nn.SiLU, nn.GELU, nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.Sigmoid, nn.Tanh, nn.Dropout),
@@ -19,11 +19,11 @@ POOLS = (nn.AvgPool2d, nn.MaxPool2d)
 
 
 def receptive_radius(network: nn.Module) -> int | None:
-    """Tell how many LR pixels away the input can matter to an output, at most; None if a module leaves that unknown.
+    """Return an upper bound on the distance, in LR pixels, from an output to the inputs it depends on.
 
-    Each convolution of k x k with dilation d looks d (k // 2) pixels of its own size around it, which are as many LR
-    pixels or less, and those one after another add up. Counting all of the network's bounds the longest path, and also
-    the bilinear enlargement beside them, which looks at the neighbouring pixel only. 17 for tiny, 37 for base.
+    Return None if it contains a module whose reach is unknown. A k x k convolution with dilation d reaches d (k // 2)
+    pixels, at its own resolution; these are as many LR pixels or fewer. The sum over all convolutions bounds the
+    longest path. It also covers the bilinear skip, which reaches 1 pixel. 17 for tiny, 37 for base.
     """
     radius = 0
     for module in _uses(network):
@@ -40,7 +40,7 @@ def receptive_radius(network: nn.Module) -> int | None:
 
 
 def _uses(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and those in it, one that stands in several places as often."""
+    """Yield a module and its descendants, shared ones once per use."""
     yield module
     for child in module._modules.values():
         if child is not None:
@@ -48,13 +48,13 @@ def _uses(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _reach(sizes: Sequence[int], dilations: Sequence[int], paddings: Sequence[int]) -> int:
-    """Pixels that a window looks to its sides, at most, along either axis."""
+    """Return the farthest that a window reaches from its centre, along either axis, in pixels."""
     sides = zip(sizes, dilations, paddings, strict=True)
     return max(max(padding, (size - 1) * step - padding) for size, step, padding in sides)
 
 
 def _both(value: int | tuple[int, int]) -> tuple[int, int]:
-    """Along both axes."""
+    """Return a value for each axis."""
     return value if isinstance(value, tuple) else (value, value)
 
 

@@ -1,4 +1,4 @@
-"""The self-ensemble: a network's mean over the 8 flips and quarter turns of an image."""
+"""Self-ensemble: the mean of a network's outputs over the 8 flips and quarter turns of an image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from model.enlarge.tiles import Forward
 
 
 def self_ensembled(forward: Forward) -> Forward:
-    """Average `forward` over the 8 flips and quarter turns of its input, each undone on its output.
+    """Return `forward` averaged over the 8 flips and quarter turns of its input, each undone on the output.
 
     Source: Lim et al., "Enhanced Deep Residual Networks for Single Image Super-Resolution", 2017, section 3.4.
     """

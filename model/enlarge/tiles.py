@@ -1,9 +1,9 @@
-"""Enlarging a large image tile by tile, so that memory is bounded, to the values that the whole image would give.
+"""Tiled inference: enlarge a large image in bounded memory, with the same result as enlarging it whole.
 
-A network of convolutions sees no farther than its radius r: an output pixel depends on the LR pixels at most r away
-from its own. So each tile is read with r more pixels on every side (fewer where the image ends, where the network's
-own padding belongs), enlarged, and only its inner part kept. Along an axis of n pixels there are k = ⌈n / tile⌉
-tiles, about equally large, and tile i keeps the pixels from ⌊i·n / k⌋ to ⌊(i + 1)·n / k⌋.
+An output pixel of a convolutional network depends only on LR pixels within its receptive radius r. So each tile is
+read with an overlap of r pixels on every side (fewer at the image's edge, where the network pads as usual), enlarged,
+and cropped to its inner part. An axis of n pixels has k = ⌈n / tile⌉ tiles of nearly equal size; tile i keeps pixels
+⌊i·n / k⌋ to ⌊(i + 1)·n / k⌋.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of at most `tile` x `tile` LR pixels, read with `overlap` more on each side; ValueError if they cannot be.
+    """Tiles of at most `tile` x `tile` LR pixels, read with `overlap` more on each side.
 
-    An overlap of at least `receptive_radius(network)` gives what the whole image gives, a smaller one seams.
+    With an overlap of at least `receptive_radius(network)` the result equals that of the whole image; with less there
+    are seams. Raises ValueError for a tile below 1 pixel or a negative overlap.
     """
 
     tile: int
@@ -37,7 +38,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class TileSpan:
-    """A tile along one axis, in LR pixels: the range that is read, and the part of it that is kept."""
+    """A tile's extent along one axis, in LR pixels: the range that is read, and the part of it that is kept."""
 
     read_start: int
     read_stop: int
@@ -45,12 +46,12 @@ class TileSpan:
     stop: int
 
 
-Tile = tuple[TileSpan, TileSpan]  # its rows, its columns
+Tile = tuple[TileSpan, TileSpan]  # rows, columns
 TileProgress = Callable[[Sequence[Tile]], Iterable[Tile]]
 
 
 def cut_axis(length: int, tiling: Tiling) -> Iterator[TileSpan]:
-    """Cut an axis of `length` LR pixels into tiles; what they keep covers it without gap or overlap."""
+    """Yield the tiles of an axis of `length` LR pixels; their kept parts cover it exactly once."""
     count = -(-length // tiling.tile)
     for i in range(count):
         start, stop = i * length // count, (i + 1) * length // count
@@ -64,11 +65,15 @@ def enlarge_in_tiles(
     finish: Forward = lambda sr: sr,
     progress: TileProgress = lambda tiles: tiles,
 ) -> Tensor:
-    """Enlarge `lr`, (N, C, H, W), by `forward`, tile by tile or (None) as a whole, and `finish` every part.
+    """Enlarge `lr`, (N, C, H, W), by `forward`, tile by tile or, if `tiling` is None, as a whole.
 
-    `finish` works on each pixel for itself; where it makes the values small (uint8) or takes them off the device, only
-    one tile is ever large, or there. The result has the type and the device that it gives. `progress` is handed the
-    tiles and gives them back one after another: a place for a progress bar.
+    Args:
+        forward: maps (N, C, h, w) to (N, C, h·scale, w·scale).
+        lr: the image.
+        tiling: the tiles.
+        finish: a per-pixel function applied to each tile, such as a conversion to uint8 on the CPU; the result has
+            its dtype and device, so that only one tile at a time is in float32 on the device.
+        progress: an iterator over the tiles, such as a progress bar.
     """
     if tiling is None:
         return finish(forward(lr))
@@ -83,7 +88,7 @@ def enlarge_in_tiles(
         part = finish(sr[..., rows, columns])
         if whole is None:
             size = (*part.shape[:-2], height * scale, width * scale)
-            # As the parts are, and pictures: their channels side by side.
+            # The memory layout of the tiles, and of images: (N, H, W, C).
             whole = torch.empty(size, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
         whole[..., y.start * scale : y.stop * scale, x.start * scale : x.stop * scale] = part
     if whole is None:

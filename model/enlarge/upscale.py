@@ -88,7 +88,7 @@ def main(
                 one_line(f"--out {out}: expected a folder, or a name that ends in one of {', '.join(KINDS)}")
             )
         if len(images) > 1 or images[0].is_dir():
-            raise click.UsageError(one_line(f"--out {out}: expected a folder for more than one image, got a file"))
+            raise click.UsageError(one_line(f"--out {out}: expected a folder for several images, got a file"))
     keep_freed_memory()
     with errors_as_messages():
         loaded, network = open_network(checkpoint, weights, scale)
@@ -124,12 +124,11 @@ def main(
 
 
 def report_progress(tiles: Sequence[Tile]) -> Iterator[Tile]:
-    """Yield the tiles, reporting how many are done."""
+    """Yield the tiles and report how many are done."""
     with Progress(len(tiles), "tile") as progress:
-        for done, tile in enumerate(tiles):
-            if done:
-                progress(done)
+        for done, tile in enumerate(tiles, 1):
             yield tile
+            progress(done)
 
 
 def enlarge_file(job: Job, upscale: Upscaler, scale: int) -> str:
@@ -144,7 +143,7 @@ def enlarge_file(job: Job, upscale: Upscaler, scale: int) -> str:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ShardsError(f"{job.source}: out of memory; try --tile with a small number, 128 or less") from error
+        raise ShardsError(f"{job.source}: out of memory; try --tile 128 or less") from error
     except NonFiniteError as error:
         raise ShardsError(f"{job.source}: {error}") from error
     try:

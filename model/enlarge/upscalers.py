@@ -1,4 +1,4 @@
-"""What enlarges an image: MATLAB's bicubic, or a network, as a function from uint8 (H, W, 3) to (H·s, W·s, 3)."""
+"""Upscalers: functions from uint8 (H, W, 3) to (H·s, W·s, 3), by MATLAB's bicubic or a network."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Upscaler = Callable[[Image], Image]
 
 
 class NonFiniteError(ShardsError):
-    """A network whose result is no image."""
+    """NaN or infinity in the output of a network."""
 
 
 def bicubic_upscaler(scale: int) -> Upscaler:
-    """Enlarge by MATLAB's bicubic."""
+    """Return an upscaler by MATLAB's bicubic."""
     return lambda lr: enlarge(lr, scale)
 
 
@@ -37,19 +37,19 @@ def network_upscaler(
     self_ensemble: bool = False,
     progress: TileProgress = lambda tiles: tiles,
 ) -> Upscaler:
-    """Enlarge by `network`, which must be on `device`; its output is clamped and rounded to uint8.
+    """Return an upscaler by `network`, whose output is clamped to [0, 1] and rounded to uint8.
 
     Args:
-        network: float (N, 3, H, W) in [0, 1] to (N, 3, H·s, W·s).
-        device: where it is.
-        tiling: None enlarges the image as a whole; "auto", for a ShuffleMixer, tile by tile where it is too large.
-        self_ensemble: average over the 8 flips and quarter turns, before rounding; takes 8 times as long.
-        progress: is handed the tiles of an image and gives them back, one after another.
+        network: maps float32 (N, 3, H, W) in [0, 1] to (N, 3, H·s, W·s).
+        device: the network's device.
+        tiling: None enlarges images as a whole; "auto" (ShuffleMixer only) in tiles if they exceed the memory budget.
+        self_ensemble: average over the 8 flips and quarter turns, before rounding; 8 times slower.
+        progress: an iterator over the tiles of an image, such as a progress bar.
 
-    The upscaler raises NonFiniteError where the network gives NaN or infinity, which no byte stands for.
+    The upscaler raises NonFiniteError if the network's output has NaN or infinity.
     """
     if tiling == "auto" and not isinstance(network, ShuffleMixer):
-        raise ValueError(f"automatic tiles need a ShuffleMixer, got {type(network).__name__}")
+        raise ValueError(f"automatic tiling needs a ShuffleMixer, got {type(network).__name__}")
 
     def to_device(pixels: Tensor) -> Tensor:
         result: Tensor = network(pixels.to(device).float() / 255)
@@ -76,7 +76,7 @@ def network_upscaler(
 
 
 def _to_bytes(sr: Tensor) -> Tensor:
-    low, high = sr.aminmax()  # NaN if there is one
+    low, high = sr.aminmax()  # both NaN if any value is
     if not (low.isfinite() and high.isfinite()):
-        raise NonFiniteError("expected a network that gives finite values, got NaN or infinity")
+        raise NonFiniteError("expected finite output from the network, got NaN or infinity")
     return sr.float().clamp(0, 1).mul(255).round().byte().cpu()

@@ -43,7 +43,7 @@ from prep.console.unix import UnixCommand, tell
 
 @dataclass(frozen=True)
 class Options:
-    """The command's options; click.UsageError for combinations without a meaning."""
+    """The command's options; raises click.UsageError for invalid combinations."""
 
     hr: Path | None
     lr: Path | None
@@ -83,23 +83,24 @@ class Options:
 @click.command(cls=UnixCommand)
 @click.option("--hr", type=GivenPath(), help="Folder of HR images.")
 @click.option("--lr", type=GivenPath(), help="Folder of LR images.  [default: made from HR]")
-@click.option("--shards", type=GivenPath(), help="Dataset of shards, in place of --hr and --lr.")
+@click.option("--shards", type=GivenPath(), help="Dataset of shards instead of --hr and --lr.")
 @click.option("--scale", type=int, required=True, help="2, 3, 4 or 8.")
-@click.option("--checkpoint", type=GivenPath(), help="Weights to evaluate.")
+@click.option("--checkpoint", type=GivenPath(), help="Checkpoint to evaluate.")
 @click.option("--bicubic", is_flag=True, help="Evaluate MATLAB's bicubic enlargement instead.")
 @weights_option
 @ensemble_option
-@click.option("--tile", type=click.IntRange(min=1), help="LR pixels of a tile's side.  [default: whole images]")
+@click.option("--tile", type=click.IntRange(min=1), help="Tile size in LR pixels.  [default: whole images]")
 @overlap_option
-@click.option("--save", type=GivenPath(), help="Folder for the results, as NAME_x4.png.")
-@click.option("--sheet", type=GivenPath(), help="PNG file for crops of the first images, side by side.")
+@click.option("--save", type=GivenPath(), help="Folder for the enlarged images, NAME_x4.png.")
+@click.option("--sheet", type=GivenPath(), help="PNG file for crops of LR, bicubic, the network and HR side by side.")
 @click.option("--sheet-rows", type=click.IntRange(min=1), default=8, show_default=True, help="Images on the sheet.")
-@click.option("--json", "as_json", is_flag=True, help="For programs; a PSNR of equal images is null.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; infinite PSNR becomes null.")
 @device_option
 def main(**options: Any) -> None:
-    """PSNR and SSIM in RGB and on MATLAB's Y, per image and on average; the border left out is the scale.
+    """Print PSNR and SSIM in RGB and on MATLAB's Y, per image and on average.
 
-    Images too small to be scored are told of and left out of the mean; the exit code is 1 only if none is left.
+    A border of SCALE pixels is cropped first. Images too small to be scored are reported and excluded from the mean;
+    the exit code is 1 only if none remains.
     """
     chosen = Options(**options)
     with errors_as_messages():
@@ -107,15 +108,15 @@ def main(**options: Any) -> None:
 
 
 def evaluate(options: Options) -> None:
-    """Score the test images and print the results, writing the files that are asked for.
+    """Score the test images, print the scores and write the requested files.
 
-    Raises ShardsError for unusable inputs or outputs, OSError where a file cannot be written.
+    Raises ShardsError for unusable inputs or outputs, OSError if a file cannot be written.
     """
     scale = options.scale
     check_outputs(options)
     upscale, notes = choose_upscaler(options)
     notes.append(f"LR {lr_source(options)}, scale {scale}")
-    notes.append(f"border cropped before measuring: {scale} pixels on each side")
+    notes.append(f"border cropped before scoring: {scale} pixels on each side")
     say = _silent if options.as_json else _say
     for line in [*notes, "image PSNR-RGB SSIM-RGB PSNR-Y SSIM-Y"]:
         say(line)
@@ -123,7 +124,7 @@ def evaluate(options: Options) -> None:
 
     def leave_out(name: str, reason: str) -> None:
         left_out[name] = reason
-        tell(one_line(f"image {name} is left out: {reason}"))
+        tell(one_line(f"image {name} left out: {reason}"))
 
     rows: list[Row] = []
     collected: dict[str, Scores] = {}
@@ -137,10 +138,10 @@ def evaluate(options: Options) -> None:
         collected[name] = result.scores
         say(_line(name, result.scores))
     if not collected:
-        raise ShardsError(f"expected images that can be scored, got {len(left_out)} too small ones")
+        raise ShardsError(f"expected at least one image that can be scored, got {len(left_out)} that are too small")
     mean = mean_scores(collected.values())
     if left_out:
-        tell(f"the mean is over {len(collected)} images; {len(left_out)} too small ones are left out")
+        tell(f"mean of {len(collected)} images; {len(left_out)} left out as too small")
     say(_line("mean", mean))
     if options.sheet is not None:
         write_sheet(rows, options.sheet)
@@ -152,7 +153,7 @@ def evaluate(options: Options) -> None:
 
 
 def check_outputs(options: Options) -> None:
-    """Check that results can be written, before the slow part; see `model.enlarge.outputs`."""
+    """Check, before the slow part, that the output files can be written; see `model.enlarge.outputs`."""
     inputs = [path for path in (options.hr, options.lr, options.shards, options.checkpoint) if path is not None]
     if options.save is not None:
         check_output_folder(options.save, inputs)
@@ -161,27 +162,27 @@ def check_outputs(options: Options) -> None:
 
 
 def choose_upscaler(options: Options) -> tuple[Upscaler, list[str]]:
-    """Return bicubic enlargement or the network of the checkpoint, and lines that describe it."""
+    """Return an upscaler, bicubic or the checkpoint's network, and lines that describe it."""
     if options.checkpoint is None:
-        return bicubic_upscaler(options.scale), ["bicubic enlargement, MATLAB's"]
+        return bicubic_upscaler(options.scale), ["MATLAB's bicubic enlargement"]
     keep_freed_memory()
     checkpoint, network = open_network(options.checkpoint, options.weights, options.scale)
     device = pick_device(options.device)
     tiling = None if options.tile is None else choose_tiling(network, options.tile, options.overlap)
     notes = [f"{describe(checkpoint, network)}, on {device}"]
     if options.self_ensemble:
-        notes.append("self-ensemble: the mean over 8 flips and quarter turns")
+        notes.append("self-ensemble: mean over the 8 flips and quarter turns")
     if tiling is not None:
-        notes.append(f"tiles of {tiling.tile} LR pixels, read with {tiling.overlap} more on each side")
+        notes.append(f"tiles of {tiling.tile} LR pixels with an overlap of {tiling.overlap}")
     ensemble = options.self_ensemble
     return network_upscaler(network.to(device), device, tiling=tiling, self_ensemble=ensemble), notes
 
 
 def lr_source(options: Options) -> str:
-    """Return where LR images come from, for the notes."""
+    """Return a phrase for where LR images come from."""
     if options.shards is not None:
         return f"from shards {options.shards}"
-    return "made from HR by MATLAB bicubic" if options.lr is None else f"from {options.lr}"
+    return "made from HR by MATLAB's bicubic" if options.lr is None else f"from {options.lr}"
 
 
 def open_pairs(options: Options, leave_out: LeaveOut) -> Iterator[ImagePair]:

@@ -1,4 +1,4 @@
-"""Scores of an upscaler on test images."""
+"""Scoring an upscaler on test images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from model.metrics import Image, Scores, score
 
 @dataclass(frozen=True)
 class ScoredImage:
-    """A test image, what an upscaler made of its LR, uint8 (H·scale, W·scale, 3), and the scores of that."""
+    """A test image, the upscaler's result, uint8 (H·scale, W·scale, 3), and its scores."""
 
     pair: ImagePair
     sr: Image

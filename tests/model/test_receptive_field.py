@@ -1,4 +1,4 @@
-"""Tiles of edited networks: what they see is computed from the modules as they are, or said not to be known."""
+"""Receptive fields of published and edited networks."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_radius_of_the_published_networks(name: str, radius: int, scale: int) ->
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 @pytest.mark.parametrize(("kernel_size", "blocks"), [(3, 1), (3, 2), (7, 1)])
-def test_nothing_beyond_the_radius_matters(scale: int, kernel_size: int, blocks: int) -> None:
-    """The gradient of the pixels made of LR pixel (c, c) ends at the radius, and reaches it."""
+def test_radius_is_exact(scale: int, kernel_size: int, blocks: int) -> None:
+    """The gradient of LR pixel (c, c)'s output is nonzero up to the radius, and zero beyond."""
     torch.manual_seed(0)
     net = ShuffleMixer(8, kernel_size, blocks, 2, scale).eval()
     radius = receptive_radius(net)
@@ -47,21 +47,21 @@ def dilate(network: ShuffleMixer) -> None:
     network.tail = nn.Conv2d(32, 3, 3, padding=3, dilation=3)
 
 
-def widen(network: ShuffleMixer) -> None:
+def wide_kernel(network: ShuffleMixer) -> None:
     network.tail = nn.Conv2d(32, 3, (1, 5), padding="same", padding_mode="reflect")
 
 
-def lopsided(network: ShuffleMixer) -> None:
+def even_kernel(network: ShuffleMixer) -> None:
     network.tail = nn.Conv2d(32, 3, 4, padding="same")
 
 
-def twice(network: ShuffleMixer) -> None:
+def share_block(network: ShuffleMixer) -> None:
     (block,) = network.blocks
     network.blocks = nn.Sequential(block, nn.Sequential(block, nn.GELU()))
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize(("edit", "radius"), [(dilate, 7), (widen, 6), (lopsided, 6), (twice, 8)])
+@pytest.mark.parametrize(("edit", "radius"), [(dilate, 7), (wide_kernel, 6), (even_kernel, 6), (share_block, 8)])
 def test_radius_of_edited_networks(edit: Callable[[ShuffleMixer], None], radius: int) -> None:
     network = small_network().double().eval()
     assert receptive_radius(network) == 5
@@ -73,7 +73,7 @@ def test_radius_of_edited_networks(edit: Callable[[ShuffleMixer], None], radius:
         torch.testing.assert_close(enlarge_in_tiles(network, lr, Tiling(9, radius)), network(lr), rtol=0, atol=1e-9)
 
 
-class Own(nn.Module):
+class SubtractMean(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x - x.mean((2, 3), keepdim=True)
 
@@ -81,15 +81,15 @@ class Own(nn.Module):
 @pytest.mark.parametrize(
     "edit",
     [
-        lambda network: network.blocks.append(Own()),
+        lambda network: network.blocks.append(SubtractMean()),
         lambda network: network.blocks.append(nn.AdaptiveAvgPool2d(1)),
         lambda network: network.blocks.append(nn.GroupNorm(4, 32)),
         lambda network: network.blocks.append(nn.Conv2d(32, 32, 3, padding=1, padding_mode="circular")),
         lambda network: network.blocks.register_forward_hook(lambda module, inputs, output: output.flip(-1)),
-        lambda network: setattr(network.tail, "forward", Own().forward),
+        lambda network: setattr(network.tail, "forward", SubtractMean().forward),
     ],
 )
-def test_where_the_radius_is_unknown_images_stay_whole(
+def test_unknown_radius_disables_automatic_tiling(
     edit: Callable[[ShuffleMixer], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tile_size, "MEMORY_BUDGET", 1 << 20)

@@ -1,4 +1,4 @@
-"""Tiles: what they keep covers an image once, and together they are what the whole image gives."""
+"""Tiled inference equals inference on the whole image; so does a self-ensemble in tiles."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def image(height: int, width: int, batch: int = 1) -> Tensor:
 
 
 @given(length=st.integers(1, 500), tile=st.integers(1, 200), overlap=st.integers(0, 90))
-def test_spans_cover_an_axis_once(length: int, tile: int, overlap: int) -> None:
+def test_tiles_cover_an_axis_once(length: int, tile: int, overlap: int) -> None:
     reached = 0
     for span in cut_axis(length, Tiling(tile, overlap)):
         assert span.start == reached
@@ -47,7 +47,7 @@ def test_spans_cover_an_axis_once(length: int, tile: int, overlap: int) -> None:
 
 
 @pytest.mark.parametrize(("tile", "overlap", "name"), [(0, 1, "tile"), (-3, 1, "tile"), (8, -1, "overlap")])
-def test_tiling_refuses_what_it_cannot_be(tile: int, overlap: int, name: str) -> None:
+def test_invalid_tilings_are_rejected(tile: int, overlap: int, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least"):
         Tiling(tile, overlap)
 
@@ -64,7 +64,7 @@ def test_tiles_equal_the_whole(scale: int, tile: int) -> None:
 
 
 @pytest.mark.parametrize("switch", ["shuffle", "split", "fused", "norm"])
-def test_tiles_equal_the_whole_without_parts_of_the_network(switch: str) -> None:
+def test_tiles_equal_the_whole_for_ablated_networks(switch: str) -> None:
     torch.manual_seed(0)
     config = ShuffleMixerConfig(8, 5, 2, 2, 2, **{switch: False})
     net = ShuffleMixer.from_config(config).eval()
@@ -75,7 +75,7 @@ def test_tiles_equal_the_whole_without_parts_of_the_network(switch: str) -> None
 
 
 def edit(net: ShuffleMixer, name: str) -> None:
-    """Change a network by hand, as in research."""
+    """Replace a module, as a researcher might."""
     layer: Any = net.get_submodule("blocks.0.net.0")
     match name:
         case "dilated":
@@ -90,7 +90,7 @@ def edit(net: ShuffleMixer, name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 @pytest.mark.parametrize("name", ["dilated", "even", "wide", "pooled"])
-def test_tiles_equal_the_whole_of_edited_networks(name: str) -> None:
+def test_tiles_equal_the_whole_for_edited_networks(name: str) -> None:
     net = network(3, 1)
     edit(net, name)
     lr = image(50, 41)
@@ -101,14 +101,14 @@ def test_tiles_equal_the_whole_of_edited_networks(name: str) -> None:
         torch.testing.assert_close(tiles, net(lr), rtol=0, atol=1e-5)
 
 
-def test_too_small_an_overlap_seams() -> None:
+def test_too_small_an_overlap_leaves_seams() -> None:
     net = network(7, 1)
     lr = image(40, 40)
     with torch.inference_mode():
         assert (enlarge_in_tiles(net, lr, Tiling(16, 2)) - net(lr)).abs().max() > 1e-4
 
 
-def test_parts_are_finished_one_by_one() -> None:
+def test_tiles_are_finished_one_by_one() -> None:
     seen = []
 
     def finish(sr: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def test_parts_are_finished_one_by_one() -> None:
     assert (tiles.int() - expected.int()).abs().max() <= 1
 
 
-def test_automatic_tiles_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_tiles_fit_the_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     net = ShuffleMixer.preset("base", 4)
     assert automatic_tiling(net, 256, 256) is None
     large = automatic_tiling(net, 4000, 6000)
@@ -137,8 +137,8 @@ def test_automatic_tiles_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None
     assert automatic_tiling(net, 256, 256) == Tiling(tile_size.MIN_TILE, 37)
 
 
-def test_self_ensemble_averages_the_8_transforms() -> None:
-    """A function that knows where it is: of its 8 results, undone, the mean is known."""
+def test_self_ensemble_averages_8_transforms() -> None:
+    """Adding a position-dependent ramp: the mean over the transforms adds its average."""
     ramp = torch.arange(4.0).reshape(1, 1, 2, 2)
 
     def forward(lr: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def test_self_ensemble_commutes_with_every_transform(transform: Callable[[Tensor
         assert (averaged(lr) - net(lr)).abs().max() > 1e-3
 
 
-def test_self_ensemble_by_tiles_equals_the_whole() -> None:
+def test_self_ensemble_in_tiles_equals_the_whole() -> None:
     averaged = self_ensembled(net := network())
     lr = image(33, 50)
     with torch.inference_mode():
