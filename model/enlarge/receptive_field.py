@@ -48,7 +48,7 @@ def _uses(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _reach(sizes: Sequence[int], dilations: Sequence[int], paddings: Sequence[int]) -> int:
-    """Return the farthest that a window reaches from its centre, along either axis, in pixels."""
+    """Return the largest distance, in pixels along either axis, from an output to the inputs in its window."""
     sides = zip(sizes, dilations, paddings, strict=True)
     return max(max(padding, (size - 1) * step - padding) for size, step, padding in sides)
 
