@@ -26,7 +26,7 @@ ensemble_option = click.option(
 overlap_option = click.option(
     "--overlap",
     type=click.IntRange(min=0),
-    help="LR pixels read around each tile.  [default: the network's receptive radius, which leaves no seams]",
+    help="LR pixels read around each tile.  [default: the network's receptive radius]",
 )
 
 

@@ -192,6 +192,14 @@ def test_lr_files_may_have_the_names_of_hr(hr: Path, tmp_path: Path) -> None:
         list(read_pairs(hr, lr, 2))
 
 
+def test_equal_names_match_in_any_normal_form(tmp_path: Path) -> None:
+    for folder, name, size in (("hr", "\u00fc", 40), ("lr", "u\u0308", 20)):
+        (tmp_path / folder).mkdir()
+        Pillow.fromarray(photograph(size, size)).save(tmp_path / folder / f"{name}.png")
+    (pair,) = read_pairs(tmp_path / "hr", tmp_path / "lr", 2)
+    assert np.array_equal(pair.lr, photograph(20, 20))
+
+
 def test_hr_names_may_look_like_lr_names(tmp_path: Path) -> None:
     for folder, size in (("hr", 40), ("lr", 20)):
         (tmp_path / folder).mkdir()
