@@ -26,12 +26,13 @@ from loader.format.identity import dataset_identity
 from loader.system.safefile import write_atomically
 from model.checkpoints import CheckpointError
 from model.cpu.reasons import fallback_reasons
+from model.device import is_out_of_memory
 from model.evaluate.curves import write_curves
 from model.losses import Losses, combined
 from model.metrics import Scores
 from model.training import resume as going_on
 from model.training import saving
-from model.training.memory import is_out_of_memory, largest_part, too_large, tried
+from model.training.memory import largest_part, too_large, tried
 from model.training.progress import Progress
 from model.training.ranks import FAILURES, Ranks, joined, told
 from model.training.resume import Origin, started

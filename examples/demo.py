@@ -1,7 +1,7 @@
-"""The main job on photographs that scikit-image ships: shards, a short training, an evaluation, pictures.
+"""The whole workflow on scikit-image's sample photographs: shards, a short training, evaluation, a sheet of pictures.
 
-`python examples/demo.py` (or `make demo`) writes everything under demo/ in the checkout; what was there is replaced.
-Each step is a command that you could type; it is printed before it runs.
+`python examples/demo.py` (or `make demo`) writes to demo/ in the checkout, replacing earlier results. Each step is a
+command you could type; it is printed before it runs.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ RUN = DEMO / "run"
 CHECKPOINT = RUN / "checkpoints" / "last.pt"
 SHEET = DEMO / "sheet.png"
 
-HELD_ASIDE = ("chelsea", "coffee")
+HELD_OUT = ("chelsea", "coffee")
 
 
 def command(*arguments: str | Path, capture: bool = False) -> str:
-    """Show and run `python ARGUMENTS` in the checkout; give its output if captured. Ends the demo if it fails."""
+    """Print and run `python ARGUMENTS`; return its output if captured. Exit if it fails."""
     words = [str(argument) for argument in arguments]
     print(f"\n$ python {shlex.join(words)}", flush=True)
     done = subprocess.run([sys.executable, *words], check=False, text=True, stdout=subprocess.PIPE if capture else None)
@@ -44,9 +44,9 @@ def command(*arguments: str | Path, capture: bool = False) -> str:
 
 
 def copy_photographs() -> None:
-    """Copy scikit-image's colour photographs, those to train on apart from those held aside."""
+    """Copy scikit-image's colour photographs into a training and a validation folder."""
     for path in sample_photographs():
-        folder = VALID if path.stem in HELD_ASIDE else TRAIN
+        folder = VALID if path.stem in HELD_OUT else TRAIN
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / path.name)
     for folder in (TRAIN, VALID):
@@ -54,7 +54,7 @@ def copy_photographs() -> None:
 
 
 def build_and_train() -> None:
-    """Turn the photographs into shards, and train on them."""
+    """Build shards from the photographs and train on them."""
     for photographs, shards in ((TRAIN, "train"), (VALID, "valid")):
         out = DEMO / "shards" / shards
         command("-m", "prep.cli", "build-shards", photographs, "--scale", str(SCALE), "--out", out, "--overwrite")
@@ -73,9 +73,9 @@ def build_and_train() -> None:
     command("train.py", *(str(word) for option in options.items() for word in option))
 
 
-def evaluate(*what: str | Path) -> float:
-    """Run the evaluation on the photographs held aside, and give its mean PSNR on Y in dB."""
-    output = command("-m", "model.evaluate", "--hr", VALID, "--scale", str(SCALE), *what, capture=True)
+def evaluate(*upscaler: str | Path) -> float:
+    """Evaluate on the held-out photographs; return the mean PSNR on Y in dB."""
+    output = command("-m", "model.evaluate", "--hr", VALID, "--scale", str(SCALE), *upscaler, capture=True)
     return float(output.splitlines()[-1].split()[3])
 
 
@@ -91,11 +91,11 @@ def main() -> None:
     network_psnr = evaluate("--checkpoint", CHECKPOINT, "--sheet", SHEET)
 
     winner = "the network" if network_psnr > bicubic_psnr else "bicubic"
-    print(f"\nDone in {time.perf_counter() - started:.0f} seconds. Look at:")
+    print(f"\nDone in {time.perf_counter() - started:.0f} seconds. Results:")
     print(f"  pictures    {SHEET}")
     print(f"  curves      {RUN / 'curves.png'}")
     print(f"  checkpoint  {CHECKPOINT}")
-    print(f"Mean PSNR-Y on the {len(HELD_ASIDE)} photographs held aside, x{SCALE}, {ITERATIONS} iterations:")
+    print(f"Mean PSNR-Y on the {len(HELD_OUT)} held-out photographs, x{SCALE}, {ITERATIONS} iterations:")
     print(f"  bicubic {bicubic_psnr:.4f} dB, network {network_psnr:.4f} dB: {winner} wins")
 
 

@@ -1,4 +1,4 @@
-"""The option `--device` of commands."""
+"""The device that a command computes on, and its out-of-memory errors."""
 
 import click
 import torch
@@ -18,3 +18,12 @@ def pick_device(name: str) -> torch.device:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise click.BadParameter(f"cannot use {name!r}: {reason}", param_hint="'--device'") from error
     return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means out of memory, on a GPU or on the CPU, where torch raises a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    signs = ("DefaultCPUAllocator: ", "CUDA out of memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

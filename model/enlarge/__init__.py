@@ -1,1 +1,1 @@
-"""Enlarging images with a network: tiles, upscaling pictures, ONNX export."""
+"""Enlarging images with a network: tiles, upscalers, picture files, ONNX export."""

@@ -1,8 +1,8 @@
-"""Export a network to ONNX, of any batch and size: `python -m model.export --onnx FILE --checkpoint FILE`.
+"""Export a network to ONNX: `python -m model.export --onnx FILE --checkpoint FILE`.
 
-The exported network takes `lr`, float32 (batch, 3, height, width), RGB in [0, 1], and gives `hr`, float32
-(batch, 3, height·scale, width·scale), not clamped. It is compared with torch before the file is written, where
-onnxruntime is installed.
+The exported network maps `lr`, float32 (batch, 3, height, width), RGB in [0, 1], to `hr`, float32
+(batch, 3, height·scale, width·scale), not clamped; batch, height and width are dynamic. If onnxruntime is installed,
+its output is compared with torch's before the file is written.
 """
 
 from __future__ import annotations
@@ -21,31 +21,34 @@ import torch
 
 from loader.errors import ShardsError, one_line
 from loader.system.safefile import write_atomically
-from model.enlarge.options import Weights, check_output, describe, open_network, weights_option
+from model.enlarge.networks import describe, open_network
+from model.enlarge.options import Weights, weights_option
+from model.enlarge.outputs import check_output
 from model.shufflemixer import ShuffleMixer
+from prep.console.errors import errors_as_messages
 from prep.console.paths import GivenPath
 from prep.console.unix import UnixCommand
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-OPSET = 18  # the first whose Resize torch's exporter writes; runtimes since 2023 know it
+OPSET = 18  # the lowest that torch's exporter supports for Resize; in runtimes since 2023
 PACKAGES = ("onnx", "onnxscript")
-CHECKED = ((1, 3, 17, 31), (2, 3, 40, 24))  # shapes of the inputs on which both are compared
-TOLERANCE = 1e-4  # of values in [0, 1]; both compute in float32, in another order
+CHECKED_SHAPES = ((1, 3, 17, 31), (2, 3, 40, 24))
+TOLERANCE = 1e-4  # for values in [0, 1]: both compute in float32, but in different orders
 
 
 class ExportError(ShardsError):
-    """An export that cannot be made, or gives other values than the network, in one line."""
+    """A failed export, or one whose values differ from the network's; the message is one line."""
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))
 
 
 def export_onnx(network: ShuffleMixer, notes: Mapping[str, str]) -> bytes:
-    """Give the ONNX file of `network`, which is on the CPU, with `notes` as its metadata.
+    """Return `network`, which must be on the CPU, as an ONNX file with `notes` as metadata.
 
-    Raises ExportError where the packages for it are not installed.
+    Raises ExportError if a required package is not installed.
     """
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
@@ -55,7 +58,7 @@ def export_onnx(network: ShuffleMixer, notes: Mapping[str, str]) -> bytes:
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             network,
-            (torch.rand(2, 3, 24, 40),),  # no two sizes alike, none 1: whatever is alike here may be taken to be one
+            (torch.rand(2, 3, 24, 40),),  # distinct sizes above 1: the exporter may merge equal ones
             dynamo=True,
             opset_version=OPSET,
             input_names=["lr"],
@@ -76,36 +79,36 @@ def export_onnx(network: ShuffleMixer, notes: Mapping[str, str]) -> bytes:
 
 
 def largest_difference(network: ShuffleMixer, onnx: bytes) -> float:
-    """Run both on random images of several sizes; give the largest absolute difference. Needs onnxruntime.
+    """Return the largest absolute difference between torch and onnxruntime on random images of several sizes.
 
-    Raises ExportError where onnxruntime refuses the file or gives another shape, and where either gives NaN or
-    infinity: no difference says anything then.
+    Needs onnxruntime. Raises ExportError if it cannot load the file, if the shapes differ, or if either output has
+    NaN or infinity.
     """
     import onnxruntime
 
     try:
         session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors have no common root of their own
-        raise ExportError(f"expected a network that onnxruntime loads, got {type(error).__name__}: {error}") from error
+    except Exception as error:  # its errors have no common base class
+        raise ExportError(f"expected a file that onnxruntime loads, got {type(error).__name__}: {error}") from error
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
-    for shape in CHECKED:
+    for shape in CHECKED_SHAPES:
         lr = torch.rand(shape, generator=generator)
         with torch.inference_mode():
             expected = network.eval()(lr).numpy()
         (got,) = session.run(["hr"], {"lr": lr.numpy()})
         if got.shape != expected.shape:
-            raise ExportError(f"expected {expected.shape} of onnxruntime for {shape}, got {got.shape}")
+            raise ExportError(f"expected shape {expected.shape} from onnxruntime for input {shape}, got {got.shape}")
         for what, values in (("torch", expected), ("onnxruntime", got)):
             if not np.isfinite(values).all():
-                raise ExportError(f"expected a network that gives finite values, got NaN or infinity of {what}")
+                raise ExportError(f"expected finite output from the network, got NaN or infinity from {what}")
         largest = max(largest, float(np.abs(got - expected).max()))
     return largest
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what the exporter says of itself: a package for other networks is missing, a type will change."""
+    """Silence the exporter's warnings about missing optional packages and its own deprecations."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -118,7 +121,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _forget_sources(model: ModelProto) -> None:
-    """Drop the traces of source files, with their paths on this machine, that torch notes at every step."""
+    """Remove the stack traces, with local paths, that torch attaches to every node."""
     graph = model.graph
     for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         part.ClearField("metadata_props")
@@ -126,29 +129,26 @@ def _forget_sources(model: ModelProto) -> None:
 
 
 @click.command(cls=UnixCommand)
-@click.option("--onnx", "path", type=GivenPath(), required=True, help="File to write.")
-@click.option("--checkpoint", type=GivenPath(), required=True, help="Weights of the network.")
+@click.option("--onnx", "path", type=GivenPath(), required=True, help="ONNX file to write.")
+@click.option("--checkpoint", type=GivenPath(), required=True, help="Checkpoint of the network.")
 @weights_option
 def main(path: Path, checkpoint: Path, weights: Weights) -> None:
-    """Export a network to ONNX; batch, height and width stay free."""
-    try:
+    """Export a network to ONNX with dynamic batch, height and width."""
+    with errors_as_messages():
         check_output(path, [checkpoint])
         loaded, network = open_network(checkpoint, weights)
         notes = {"scale": str(loaded.config.scale), "weights": loaded.weights_key, "network": str(loaded.config)}
         click.echo(describe(loaded, network))
         onnx = export_onnx(network, notes)
         if importlib.util.find_spec("onnxruntime") is None:
-            checked = "not compared with torch, since onnxruntime is not installed: pip install 'srshards[export]'"
+            checked = "not compared with torch: onnxruntime is not installed (pip install 'srshards[export]')"
         else:
             difference = largest_difference(network, onnx)
             if not difference <= TOLERANCE:
                 raise ExportError(
-                    f"expected at most {TOLERANCE} between onnxruntime and torch, got {difference:.2e}; nothing written"
+                    f"expected a difference of at most {TOLERANCE} from torch, got {difference:.2e} by onnxruntime; "
+                    "nothing written"
                 )
             checked = f"largest difference between onnxruntime and torch {difference:.2e}"
         write_atomically(path, onnx)
-    except ShardsError as error:
-        raise click.ClickException(str(error)) from error
-    except OSError as error:
-        raise click.ClickException(one_line(f"{error.filename}: {error.strerror}")) from error
     click.echo(f"{one_line(str(path))}: ONNX opset {OPSET}, {len(onnx)} bytes, {checked}")

@@ -1,4 +1,4 @@
-"""Pictures that a person wants larger: read with their transparency and colour profile, and written with them."""
+"""Reading and writing pictures with their alpha channel and colour profile."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prep.images.header import open_image
 
 Pixels = NDArray[np.uint8]
 
-# What can be written, by suffix: Pillow's name and how to write it.
+# Kinds of file that can be written, by suffix: Pillow's name and options.
 KINDS: dict[str, tuple[str, dict[str, object]]] = {
     ".png": ("PNG", {"compress_level": 4}),
     ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
@@ -34,7 +34,7 @@ OPAQUE_ONLY = ("JPEG", "BMP")
 
 @dataclass(frozen=True)
 class Picture:
-    """Pixels, uint8 RGB (H, W, 3); alpha, uint8 (H, W), unless all is opaque; and the profile its colours are in."""
+    """RGB pixels, uint8 (H, W, 3); alpha, uint8 (H, W), or None if opaque; and the ICC colour profile."""
 
     rgb: Pixels
     alpha: Pixels | None = None
@@ -42,39 +42,45 @@ class Picture:
 
 
 def read_picture(path: Path) -> Picture:
-    """Read what `prep.images.decode.read_image` reads, and transparent pictures too; ImageError for all else."""
-    height, width = read_size(path)  # refuses the kinds of file that cannot be used
+    """Read an image as `prep.images.decode.read_image` does, but keep transparency.
+
+    Raises ImageError for images that `read_image` refuses for other reasons.
+    """
+    height, width = read_size(path)  # refuses unsupported kinds of file
     data = read_file(path)
     try:
         header = open_image(data, str(path))
         alpha = _transparent(data, header)
         profile = header.info.get("icc_profile") or b""
     except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{path}: expected a whole image, got a cut or damaged one ({error})") from None
-    # Pixels become RGB: the profile of a grey picture has nothing to say about them.
+        raise ImageError(f"{path}: expected a complete image, got a truncated or damaged one ({error})") from None
+    # Pixels become RGB, so a grey profile no longer applies.
     kept = profile if profile[16:20] == b"RGB " else None
     if alpha is None:
         return Picture(decode(data, str(path)), None, kept)
     if alpha.shape[:2] != (height, width):
         raise ImageError(
-            f"{path}: expected a whole image of {height} × {width}, got {alpha.shape[0]} × {alpha.shape[1]}"
+            f"{path}: expected a complete image of {height} × {width}, got {alpha.shape[0]} × {alpha.shape[1]}"
         )
     return Picture(np.ascontiguousarray(alpha[..., :3]), np.ascontiguousarray(alpha[..., 3]), kept)
 
 
 def check_kind(picture: Picture, path: Path) -> None:
-    """Raise ShardsError for a suffix of `path` that cannot be written, or whose kind has no transparency to hold."""
+    """Check that the file type named by the suffix of `path` can be written, and can hold transparency if needed.
+
+    Raises ShardsError otherwise.
+    """
     if path.suffix.lower() not in KINDS:
         raise ShardsError(f"{path}: expected a name that ends in one of {', '.join(KINDS)}, got {path.suffix!r}")
     kind, _ = KINDS[path.suffix.lower()]
     if picture.alpha is not None and kind in OPAQUE_ONLY:
-        raise ShardsError(f"{path}: expected an opaque picture for {kind}, got a transparent one; write it as PNG")
+        raise ShardsError(f"{path}: expected an opaque picture for {kind}, got a transparent one; write a PNG")
 
 
 def encode_picture(picture: Picture, path: Path) -> bytes:
-    """Give the bytes of a file of the kind that the suffix of `path` says.
+    """Return the picture encoded as the file type named by the suffix of `path`.
 
-    Raises ShardsError as `check_kind` does, and for a picture too large for its kind.
+    Raises ShardsError as `check_kind` does, and for a picture too large for the file type.
     """
     check_kind(picture, path)
     kind, settings = KINDS[path.suffix.lower()]
@@ -83,18 +89,18 @@ def encode_picture(picture: Picture, path: Path) -> bytes:
     buffer = io.BytesIO()
     try:
         Pillow.fromarray(pixels).save(buffer, kind, **settings, **extras)
-    except (OSError, ValueError) as error:  # JPEG ends at 65,535 pixels a side, WebP at 16,383
+    except (OSError, ValueError) as error:  # JPEG allows 65,535 pixels a side, WebP 16,383
         height, width = pixels.shape[:2]
         raise ShardsError(f"{path}: expected a size that {kind} can hold, got {height} × {width} ({error})") from None
     return buffer.getvalue()
 
 
 def _transparent(data: bytes, header: Pillow.Image) -> Pixels | None:
-    """The pixels as RGBA, upright, of a picture of 8 bits per channel that is not wholly opaque; None for others."""
+    """Return upright RGBA, uint8 (H, W, 4); None if the picture is opaque, damaged or not 8 bits per channel."""
     if not header.has_transparency_data:
         return None
     decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if decoded is None or decoded.dtype != np.uint8:
-        return None  # damaged, or deeper than 8 bits: for the usual reading to refuse
+        return None  # `decode` raises the error
     rgba: Pixels = np.asarray(ImageOps.exif_transpose(header).convert("RGBA"))
     return None if (rgba[..., 3] == 255).all() else rgba

@@ -1,1 +1,1 @@
-"""Scoring networks on test images, and the pictures drawn of results and runs."""
+"""Scores of networks on test images, sample sheets, and training curves."""

@@ -1,7 +1,7 @@
-"""Sample sheets: what a network makes of images, beside bicubic and the truth, as one PNG.
+"""Sheets: a PNG that compares a network with bicubic and HR.
 
-Each image is a row of four crops of the same place: LR with its pixels enlarged, bicubic, the network, HR. The place
-is where the network and bicubic differ most. Images are uint8 arrays (H, W, 3), RGB.
+Each image is a row of four crops of one region: LR (nearest neighbour), bicubic, the network, HR. The region is where
+the network and bicubic differ most. Images are uint8 arrays (H, W, 3), RGB.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from loader.errors import ShardsError, one_line
 from loader.system.safefile import write_atomically
 from model.metrics import Image, Scores, luma, psnr, score
 
-PANEL = 288  # pixels, the longer side of a crop as it is drawn, or a little less: crops grow by whole factors
+PANEL = 288  # pixels: the longer side of an enlarged crop, or slightly less, since factors are integers
 MARGIN, GAP = 24, 16
-LINE = 22  # from one line of text to the next
+LINE = 22  # pixels between lines of text
 FONT, BOLD = cv2.FONT_HERSHEY_SIMPLEX, cv2.FONT_HERSHEY_DUPLEX
-HEADING, TEXT = 0.62, 0.5  # sizes of text
+HEADING, TEXT = 0.62, 0.5  # font scales
 INK, PALE, PAPER = (32, 32, 32), (112, 112, 112), (255, 255, 255)
-UNICODE = int(cv2.__version__.split(".")[0]) >= 5  # before, OpenCV's letters were ASCII
+UNICODE = int(cv2.__version__.split(".")[0]) >= 5  # earlier versions of OpenCV draw ASCII only
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One crop, and the lines under it: the first says what it is."""
+    """A crop and the lines below it, of which the first is its title."""
 
     picture: Image
     caption: tuple[str, ...]
@@ -37,7 +38,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Row:
-    """One image: its name, a line about the crop, and the panels from left to right."""
+    """A row of the sheet: the image's name, a note about the crop, and the panels from left to right."""
 
     name: str
     note: str
@@ -45,19 +46,19 @@ class Row:
 
 
 def make_row(name: str, lr: Image, sr: Image, bicubic: Image, hr: Image, scale: int, side: int = 96) -> Row:
-    """Crop where `sr` and `bicubic` differ most, and note what they score.
+    """Crop all images where `sr` and `bicubic` differ most, and score `sr` and `bicubic`.
 
     Args:
         name: the image's name.
         lr: (H, W, 3).
-        sr: what the network made of `lr`, (H·scale, W·scale, 3); so are `bicubic` and `hr`.
-        bicubic: what bicubic made of it.
-        hr: the truth.
-        scale: of both sides; it is also the border that the scores of whole images leave out.
-        side: of the crop, in HR pixels; images smaller than that are shown whole.
+        sr: the network's result, (H·scale, W·scale, 3), as `bicubic` and `hr`.
+        bicubic: the result of bicubic enlargement.
+        hr: the reference.
+        scale: also the border, in pixels, excluded from the scores of the whole image.
+        side: of the crop, in HR pixels; smaller images are shown whole.
 
     Raises:
-        ValueError: the sizes differ, or an array is none of these.
+        ValueError: a dtype or shape is wrong.
     """
     expected = (lr.shape[0] * scale, lr.shape[1] * scale, 3)
     for what, image in (("sr", sr), ("bicubic", bicubic), ("hr", hr)):
@@ -65,10 +66,10 @@ def make_row(name: str, lr: Image, sr: Image, bicubic: Image, hr: Image, scale: 
             raise ValueError(f"{name}: {what}: expected uint8 {expected}, got {image.dtype} {image.shape}")
     if side < 1:
         raise ValueError(f"side must be at least 1 pixel, got {side}")
-    top, left = widest_difference(sr, bicubic, scale, side)
+    top, left = most_different_crop(sr, bicubic, scale, side)
     region = np.s_[top : top + side, left : left + side]
     height, width = hr[region].shape[:2]
-    # Top and left are multiples of the scale, so that whole LR pixels begin there.
+    # Top and left are multiples of the scale, so the region starts at an LR pixel.
     block = lr[top // scale :, left // scale :][: -(-height // scale), : -(-width // scale)]
     nearest = block.repeat(scale, axis=0).repeat(scale, axis=1)[:height, :width]
     panels = [Panel(nearest, ("LR", f"{lr.shape[1]} x {lr.shape[0]} pixels"))]
@@ -87,14 +88,14 @@ def make_row(name: str, lr: Image, sr: Image, bicubic: Image, hr: Image, scale: 
     return Row(name, note, tuple(panels))
 
 
-def widest_difference(first: Image, second: Image, step: int, side: int) -> tuple[int, int]:
-    """Top and left, multiples of `step`, of the side x side crop with the largest mean absolute difference.
+def most_different_crop(first: Image, second: Image, step: int, side: int) -> tuple[int, int]:
+    """Return top and left, multiples of `step`, of the side x side crop with the largest mean absolute difference.
 
-    The first in reading order where several are equal. Of an image smaller than the crop, 0 along that axis.
+    Of equal crops it is the first in reading order. Along an axis shorter than the crop it is 0.
     """
     difference = cv2.absdiff(first, second).sum(axis=2, dtype=np.float64)
     height, width = (min(side, length) for length in difference.shape)
-    # The sums are whole numbers, which doubles hold exactly: no crop wins by rounding.
+    # The sums are integers, exact in float64, so rounding cannot decide.
     sums = cv2.boxFilter(difference, cv2.CV_64F, (width, height), anchor=(0, 0), normalize=False)
     valid = sums[: difference.shape[0] - height + 1 : step, : difference.shape[1] - width + 1 : step]
     row, column = np.unravel_index(int(np.argmax(valid)), valid.shape)
@@ -102,7 +103,7 @@ def widest_difference(first: Image, second: Image, step: int, side: int) -> tupl
 
 
 def score_whole(image: Image, hr: Image, border: int) -> Scores:
-    """Score a whole image; one too small for SSIM gets PSNR without a border, and no number for SSIM."""
+    """Score a whole image; if it is too small for SSIM, SSIM is NaN and PSNR includes the border."""
     try:
         return score(image, hr, border)
     except ValueError:
@@ -111,24 +112,25 @@ def score_whole(image: Image, hr: Image, border: int) -> Scores:
 
 
 def write_sheet(rows: Sequence[Row], path: Path) -> None:
-    """Draw the rows below each other and write them as a PNG file, by a temporary file and a rename.
+    """Draw the rows one below another and write them atomically as a PNG file.
 
-    Raises ValueError for no rows or another suffix than .png, OSError where the file cannot be written.
+    Raises ValueError for no rows or a suffix other than .png, ShardsError if PNG cannot hold the size, OSError if the
+    file cannot be written.
     """
     if path.suffix.lower() != ".png":
         raise ValueError(f"expected a name that ends in .png, got {path.name!r}")
     encoded, data = cv2.imencode(".png", np.ascontiguousarray(draw_sheet(rows)[..., ::-1]))
     if not encoded:
-        raise OSError(f"{path}: expected to encode a PNG, got nothing")
+        raise ShardsError(one_line(f"{path}: expected a size that PNG can hold, got {len(rows)} rows"))
     write_atomically(path, data.tobytes())
 
 
 def draw_sheet(rows: Sequence[Row]) -> Image:
-    """Draw the rows below each other: uint8 (H, W, 3)."""
+    """Draw the rows one below another and return the image."""
     if not rows:
         raise ValueError("expected at least one row, got none")
     columns = max(len(row.panels) for row in rows)
-    cells = [[fit(panel.picture) for panel in row.panels] for row in rows]
+    cells = [[enlarge_crop(panel.picture) for panel in row.panels] for row in rows]
     wide = max(PANEL, *(cell.shape[1] for row_cells in cells for cell in row_cells))
     width = 2 * MARGIN + columns * wide + (columns - 1) * GAP
     strips = [draw_row(row, row_cells, wide, width) for row, row_cells in zip(rows, cells, strict=True)]
@@ -137,42 +139,42 @@ def draw_sheet(rows: Sequence[Row]) -> Image:
 
 
 def draw_row(row: Row, cells: Sequence[Image], wide: int, width: int) -> Image:
-    """Draw one row: a heading, the pictures in columns of `wide` pixels, and the captions under them."""
+    """Draw one row: a heading, the crops in columns of `wide` pixels, and their captions."""
     head = LINE + 10
     tall = max(cell.shape[0] for cell in cells)
     lines = max(len(panel.caption) for panel in row.panels)
     canvas = np.full((head + tall + 8 + lines * LINE + MARGIN, width, 3), PAPER, np.uint8)
     note_wide = text_width(row.note, FONT, TEXT)
-    write(canvas, row.note, width - MARGIN - note_wide, LINE - 6, FONT, TEXT, PALE)
-    write(canvas, shorten(row.name, width - 2 * MARGIN - note_wide - GAP), MARGIN, LINE - 6, BOLD, HEADING, INK)
+    draw_text(canvas, row.note, width - MARGIN - note_wide, LINE - 6, FONT, TEXT, PALE)
+    draw_text(canvas, shorten(row.name, width - 2 * MARGIN - note_wide - GAP), MARGIN, LINE - 6, BOLD, HEADING, INK)
     for column, (panel, cell) in enumerate(zip(row.panels, cells, strict=True)):
         left = MARGIN + column * (wide + GAP)
         canvas[head : head + cell.shape[0], left : left + cell.shape[1]] = cell
         for number, line in enumerate(panel.caption):
             font, ink = (FONT, PALE) if number else (BOLD, INK)
-            write(canvas, line, left, head + tall + 8 + LINE * (number + 1) - 6, font, TEXT, ink)
+            draw_text(canvas, line, left, head + tall + 8 + LINE * (number + 1) - 6, font, TEXT, ink)
     return canvas
 
 
-def fit(picture: Image) -> Image:
-    """Enlarge a crop by the largest whole factor that keeps it within a panel; never shrink it."""
+def enlarge_crop(picture: Image) -> Image:
+    """Enlarge a crop by the largest integer factor that fits the panel; never shrink it."""
     factor = max(1, PANEL // max(picture.shape[:2]))
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def write(canvas: Image, text: str, left: int, base: int, font: int, size: float, ink: tuple[int, int, int]) -> None:
-    """Write a line with its baseline at `base`."""
-    cv2.putText(canvas, drawable(text), (left, base), font, size, ink, 1, cv2.LINE_AA)
+def draw_text(canvas: Image, text: str, left: int, y: int, font: int, size: float, ink: tuple[int, int, int]) -> None:
+    """Draw a line of text with its baseline at `y`."""
+    cv2.putText(canvas, to_drawable(text), (left, y), font, size, ink, 1, cv2.LINE_AA)
 
 
 def text_width(text: str, font: int, size: float) -> int:
-    """Tell how many pixels wide a line becomes."""
-    (width, _), _ = cv2.getTextSize(drawable(text), font, size, 1)
+    """Return the width of a line of text in pixels."""
+    (width, _), _ = cv2.getTextSize(to_drawable(text), font, size, 1)
     return int(width)
 
 
 def shorten(name: str, room: int) -> str:
-    """Leave out the middle of a name too wide for `room` pixels of heading."""
+    """Shorten a name in the middle to fit a heading `room` pixels wide."""
     if text_width(name, BOLD, HEADING) <= room:
         return name
     for kept in range(len(name) - 1, 0, -1):
@@ -182,8 +184,8 @@ def shorten(name: str, room: int) -> str:
     return "..."
 
 
-def drawable(text: str) -> str:
-    """Give `text` in letters that OpenCV draws: all printable ones since version 5, ASCII before."""
+def to_drawable(text: str) -> str:
+    """Return `text` with only characters that OpenCV can draw: printable ones since version 5, ASCII before."""
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
     if UNICODE:
         return text

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from model.device import is_out_of_memory
 from model.training.settings import Config
 
 SPARE = 0.03  # of a GPU's memory: allocations of other kinds, and fragmentation, come later
@@ -52,15 +53,6 @@ def tried(step: Callable[[int], None], device: torch.device) -> Callable[[int], 
                 torch.cuda.reset_peak_memory_stats(device)
 
     return fits
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: a GPU's, or the machine's, for which torch has no type of its own."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    signs = ("DefaultCPUAllocator: ", "CUDA out of memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
 def too_large(micro_batch: int | None, config: Config) -> str:

@@ -10,14 +10,16 @@ import torch
 from loader import ImageDataset, ShardsError
 from loader.errors import one_line
 from loader.system.free_memory import available_memory
-from model.enlarge.tiles import FEATURE_COPIES, SMALLEST, Tiling, receptive_radius
+from model.device import is_out_of_memory
+from model.enlarge.receptive_field import receptive_radius
+from model.enlarge.tile_size import MIN_TILE, forward_bytes_per_pixel
+from model.enlarge.tiles import Tiling
 from model.enlarge.upscalers import Upscaler, bicubic_upscaler, network_upscaler
-from model.evaluate.evaluate import score_pairs
 from model.evaluate.pairs import shard_pairs
+from model.evaluate.scoring import score_pairs
 from model.evaluate.sheet import make_row, write_sheet
 from model.metrics import WINDOW, Image, Scores, mean_scores
 from model.shufflemixer import ShuffleMixer
-from model.training.memory import is_out_of_memory
 from model.training.ranks import Ranks
 from model.training.stopping import StopRequest
 
@@ -90,7 +92,8 @@ def fitting_upscaler(network: ShuffleMixer, device: torch.device, note: Note) ->
 def _tilings(network: ShuffleMixer, device: torch.device, height: int, width: int) -> Iterator[Tiling | None]:
     """Ways to enlarge an image, from the fastest to the one that takes the least memory."""
     # A GPU says that memory ran out; a machine kills the process, so there it is not tried.
-    needed = height * width * network.config.features * network.config.scale**2 * 4 * FEATURE_COPIES
+    per_pixel = forward_bytes_per_pixel(network)
+    needed = height * width * per_pixel
     free = available_memory()
     fits = device.type != "cpu" or free is None or needed < free
     if fits:
@@ -100,21 +103,20 @@ def _tilings(network: ShuffleMixer, device: torch.device, height: int, width: in
         if not fits:
             yield None
         return
-    each = needed // (height * width)
-    while not fits and free is not None and tile > SMALLEST and (tile + 2 * overlap) ** 2 * each > free:
+    while not fits and free is not None and tile > MIN_TILE and (tile + 2 * overlap) ** 2 * per_pixel > free:
         tile //= 2
-    while tile >= SMALLEST:
+    while tile >= MIN_TILE:
         yield Tiling(tile, overlap)
         tile //= 2
-    yield Tiling(SMALLEST // 2, overlap)
+    yield Tiling(MIN_TILE // 2, overlap)
 
 
 def _shared(upscale: Upscaler, images: ImageDataset, ranks: Ranks, stop: StopRequest) -> Scores | None:
     scores = torch.zeros((len(images), 4), dtype=torch.float64)
     mine = range(ranks.rank, len(images), ranks.world_size)
     with ranks.united():
-        for number, (_, one) in zip(mine, score_pairs(upscale, shard_pairs(images, mine), images.scale), strict=False):
-            scores[number] = torch.tensor(astuple(one), dtype=torch.float64)
+        for number, result in zip(mine, score_pairs(upscale, shard_pairs(images, mine), images.scale), strict=False):
+            scores[number] = torch.tensor(astuple(result.scores), dtype=torch.float64)
             if stop:
                 break
     if ranks.any_of(bool(stop))[0]:

@@ -12,10 +12,18 @@ from prep.images.find import ImageFile, Note, find_images, is_folder, listing, n
 HEADER_THREADS = 16  # on network storage each header takes a round trip
 
 
-def pair_lr(images: Sequence[ImageFile], folder: Path, scale: int, note: Note = lambda text: None) -> list[ImageFile]:
+def pair_lr(
+    images: Sequence[ImageFile],
+    folder: Path,
+    scale: int,
+    note: Note = lambda text: None,
+    *,
+    equal_names: bool = False,
+) -> list[ImageFile]:
     """Return the LR file of each image: `folder/X4/0001x4.png`, or `folder/0001x4.png` if there is no folder X4.
 
-    Names that differ only in Unicode normal form match. `note` is as for `find_images`.
+    Names that differ only in Unicode normal form match. `note` is as for `find_images`. With `equal_names`, a folder
+    whose files have exactly the names of the images is accepted too.
 
     Raises:
         ShardsError: HR and LR do not match; the text lists every HR image without LR and every LR image without HR.
@@ -24,6 +32,9 @@ def pair_lr(images: Sequence[ImageFile], folder: Path, scale: int, note: Note = 
     inner = folder / f"X{scale}"
     has_inner = is_folder(inner)
     files = {normalized(file.stem): file for file in find_images([inner if has_inner else folder], note)}
+    stems = [normalized(image.stem) for image in images]
+    if equal_names and files.keys() == set(stems):
+        return [files[stem] for stem in stems]
     if not has_inner:  # files of several scales in one folder
         files = {stem: file for stem, file in files.items() if stem.endswith(suffix)}
     wanted = {normalized(image.stem + suffix): image for image in images}

@@ -1,4 +1,4 @@
-"""The evaluation: pairs, upscalers, the command's output and errors, and the published bicubic scores."""
+"""The evaluate command: pairs, upscalers, output, errors, and published bicubic scores."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from loader import ImageDataset, ShardsError
 from loader.resize.imresize import enlarge, imresize
 from model.checkpoints import load_checkpoint
 from model.enlarge.upscalers import bicubic_upscaler, network_upscaler
-from model.evaluate.evaluate import main, score_pairs
-from model.evaluate.pairs import Pair, read_pairs, shard_pairs
+from model.evaluate.evaluate import main
+from model.evaluate.pairs import ImagePair, read_pairs, shard_pairs
+from model.evaluate.scoring import score_pairs
 from model.metrics import Image, score
 from model.shufflemixer import ShuffleMixer
 from prep.cli import main as prep
@@ -31,7 +32,7 @@ ROW = re.compile(r"(\S+)( -?\d+\.\d{4}){4}")
 
 
 def photograph(height: int, width: int, seed: int = 0) -> Image:
-    """Smooth colours with noise: something that enlarging gets nearly, not wholly, right."""
+    """Return smooth colours with noise, which enlarging restores only approximately."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:height, :width]
     waves = np.stack([np.sin(rows / 7 + c) * np.cos(columns / (5 + c)) for c in range(3)], axis=-1)
@@ -40,7 +41,7 @@ def photograph(height: int, width: int, seed: int = 0) -> Image:
 
 @pytest.fixture
 def hr(tmp_path: Path) -> Path:
-    """A folder of two images whose sizes are no multiples of 2 or 3."""
+    """A folder of two images whose sizes are not multiples of 2 or 3."""
     folder = tmp_path / "hr"
     folder.mkdir()
     PillowImage.fromarray(photograph(65, 79)).save(folder / "a.png")
@@ -61,8 +62,8 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-class Shift(nn.Module):
-    """Enlarges by repeating pixels, after a gain that leaves [0, 1]."""
+class Amplify(nn.Module):
+    """Enlargement by repeated pixels, with a gain that exceeds [0, 1]."""
 
     def forward(self, lr: Tensor) -> Tensor:
         assert not self.training
@@ -72,7 +73,7 @@ class Shift(nn.Module):
 
 def test_network_output_is_clamped_and_rounded() -> None:
     lr = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
-    network = Shift()
+    network = Amplify()
     sr = network_upscaler(network, torch.device("cpu"))(lr)
     assert sr.dtype == np.uint8
     assert sr.shape == (32, 32, 3)
@@ -83,7 +84,7 @@ def test_network_output_is_clamped_and_rounded() -> None:
     assert network.training
 
 
-def test_lr_is_made_from_the_part_that_is_a_multiple(hr: Path) -> None:
+def test_lr_is_made_from_hr_cropped_to_a_multiple(hr: Path) -> None:
     pairs = {pair.name: pair for pair in read_pairs(hr, None, 3)}
     assert list(pairs) == ["a", "b"]
     cropped = photograph(65, 79)[:63, :78]
@@ -101,7 +102,7 @@ def test_given_lr_is_read_by_stem(hr: Path, tmp_path: Path) -> None:
     assert [pair.name for pair in pairs] == ["a", "b"]
     assert np.array_equal(pairs[1].lr, photograph(26, 24, seed=6))
 
-    rounded_up = photograph(27, 25)  # what MATLAB makes of the whole HR image
+    rounded_up = photograph(27, 25)  # as MATLAB makes from uncropped HR
     PillowImage.fromarray(rounded_up).save(lr / "X2" / "bx2.png")
     assert np.array_equal(list(read_pairs(hr, lr, 2))[1].lr, rounded_up[:26, :24])
     PillowImage.fromarray(photograph(26, 26)).save(lr / "X2" / "bx2.png")
@@ -112,7 +113,7 @@ def test_given_lr_is_read_by_stem(hr: Path, tmp_path: Path) -> None:
         list(read_pairs(hr, lr, 2))
 
 
-def test_shards_give_the_same_pairs_as_their_folder(hr: Path, tmp_path: Path) -> None:
+def test_shards_and_folder_give_the_same_pairs(hr: Path, tmp_path: Path) -> None:
     out = tmp_path / "shards"
     result = CliRunner().invoke(prep, ["build-shards", str(hr), "--scale", "3", "--out", str(out)])
     assert result.exit_code == 0, result.output
@@ -122,21 +123,23 @@ def test_shards_give_the_same_pairs_as_their_folder(hr: Path, tmp_path: Path) ->
         assert np.array_equal(ours.hr, theirs.hr)
 
 
-def test_score_pairs_compares_what_the_upscaler_gives() -> None:
+def test_score_pairs_scores_the_upscaler() -> None:
     image = photograph(40, 44)
     lr = imresize(image, 2)
-    scored = dict(score_pairs(bicubic_upscaler(2), [Pair("x", lr, image)], border=2))
-    assert scored == {"x": score(enlarge(lr, 2), image, border=2)}
+    (scored,) = score_pairs(bicubic_upscaler(2), [ImagePair("x", lr, image)], border=2)
+    assert scored.pair.name == "x"
+    assert np.array_equal(scored.sr, enlarge(lr, 2))
+    assert scored.scores == score(enlarge(lr, 2), image, border=2)
     tiny = np.zeros((8, 8, 3), np.uint8)
     with pytest.raises(ShardsError, match="image small: SSIM needs 11 x 11"):
-        list(score_pairs(bicubic_upscaler(2), [Pair("small", tiny[:4, :4], tiny)], border=2))
+        list(score_pairs(bicubic_upscaler(2), [ImagePair("small", tiny[:4, :4], tiny)], border=2))
 
 
 def test_bicubic_command(hr: Path) -> None:
     result = run("--hr", hr, "--scale", 2, "--bicubic")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert "border cropped before measuring: 2 pixels on each side" in lines
+    assert "border cropped before scoring: 2 pixels on each side" in lines
     rows = [line.split() for line in lines[-3:]]
     assert [row[0] for row in rows] == ["a", "b", "mean"]
     assert all(ROW.fullmatch(line) for line in lines[-3:])
@@ -144,7 +147,7 @@ def test_bicubic_command(hr: Path) -> None:
         assert float(rows[2][column]) == pytest.approx((float(rows[0][column]) + float(rows[1][column])) / 2, abs=1e-4)
 
 
-def test_checkpoint_command_says_which_weights(hr: Path, tmp_path: Path) -> None:
+def test_checkpoint_command_names_the_weights(hr: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     networks = [ShuffleMixer(8, 3, 1, 2, scale=2) for _ in range(2)]
     path = tmp_path / "weights.pt"
@@ -158,8 +161,8 @@ def test_checkpoint_command_says_which_weights(hr: Path, tmp_path: Path) -> None
         assert result.exit_code == 0, result.output
         assert f"weights {key}," in result.stdout
         upscale = network_upscaler(network, torch.device("cpu"))
-        scores = dict(score_pairs(upscale, read_pairs(hr, None, 2), border=2))
-        assert f"a {scores['a'].psnr_rgb:.4f} " in result.stdout
+        first = next(score_pairs(upscale, read_pairs(hr, None, 2), border=2))
+        assert f"a {first.scores.psnr_rgb:.4f} " in result.stdout
         means.append(result.stdout.splitlines()[-1])
     assert means[0] != means[1]
 
@@ -171,13 +174,13 @@ def scores_of(result: Result) -> list[list[float]]:
     ]
 
 
-def test_tiles_change_nothing_and_small_overlaps_are_told(hr: Path, weights: Path) -> None:
+def test_tiles_keep_the_scores_and_small_overlaps_warn(hr: Path, weights: Path) -> None:
     arguments = ["--hr", hr, "--scale", 2, "--checkpoint", weights]
     whole, tiles, seams = (run(*arguments, *flags) for flags in ([], ["--tile", 9], ["--tile", 9, "--overlap", 0]))
-    assert "tiles of 9 LR pixels, read with 5 more on each side" in tiles.stdout
-    np.testing.assert_allclose(scores_of(tiles), scores_of(whole), atol=2e-3)  # of dB: rounding may tip a value by 1
+    assert "tiles of 9 LR pixels with an overlap of 5" in tiles.stdout
+    np.testing.assert_allclose(scores_of(tiles), scores_of(whole), atol=2e-3)  # dB: rounding may change a value by 1
     assert not np.allclose(scores_of(seams), scores_of(whole), atol=2e-3)
-    assert "--overlap 0 is less than the 5 pixels that the network sees" in seams.stderr
+    assert "--overlap 0 is below the network's receptive radius of 5 pixels" in seams.stderr
 
 
 def test_self_ensemble_averages_before_rounding(hr: Path, weights: Path) -> None:
@@ -193,7 +196,7 @@ def test_self_ensemble_averages_before_rounding(hr: Path, weights: Path) -> None
     np.testing.assert_allclose(scores_of(result)[0], [*vars(expected).values()], atol=1e-3)
 
 
-def test_shards_give_what_their_folder_gives(hr: Path, weights: Path, tmp_path: Path) -> None:
+def test_shards_and_folder_give_the_same_scores(hr: Path, weights: Path, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     assert CliRunner().invoke(prep, ["build-shards", str(hr), "--scale", "2", "--out", str(shards)]).exit_code == 0
     arguments = ["--scale", 2, "--checkpoint", weights]
@@ -205,7 +208,7 @@ def test_shards_give_what_their_folder_gives(hr: Path, weights: Path, tmp_path: 
     assert "3" in wrong.stderr
 
 
-def test_results_are_saved_as_scored(hr: Path, weights: Path, tmp_path: Path) -> None:
+def test_saved_images_are_those_scored(hr: Path, weights: Path, tmp_path: Path) -> None:
     saved, sheet = tmp_path / "new" / "results", tmp_path / "sheets" / "sheet.png"
     flags = ["--save", saved, "--sheet", sheet, "--sheet-rows", 1]
     result = run("--hr", hr, "--scale", 2, "--checkpoint", weights, *flags)
@@ -222,7 +225,7 @@ def test_results_are_saved_as_scored(hr: Path, weights: Path, tmp_path: Path) ->
     assert np.array_equal(two[: one.shape[0]], one)
 
 
-def test_json_holds_what_the_lines_say(hr: Path, weights: Path) -> None:
+def test_json_matches_the_lines(hr: Path, weights: Path) -> None:
     arguments = ["--hr", hr, "--scale", 2, "--checkpoint", weights]
     facts = json.loads(run(*arguments, "--json").stdout)
     lines = run(*arguments).stdout.splitlines()
@@ -233,7 +236,7 @@ def test_json_holds_what_the_lines_say(hr: Path, weights: Path) -> None:
     assert list(facts["mean"]) == ["psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y"]
 
 
-def test_json_of_equal_images_is_json(tmp_path: Path) -> None:
+def test_infinite_psnr_is_null_in_json(tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     PillowImage.new("RGB", (40, 40), (10, 20, 30)).save(tmp_path / "flat" / "a.png")
     result = run("--hr", tmp_path / "flat", "--scale", 2, "--bicubic", "--json")
@@ -246,7 +249,7 @@ def test_json_of_equal_images_is_json(tmp_path: Path) -> None:
     assert facts["mean"]["ssim_y"] == pytest.approx(1)
 
 
-def test_a_cut_image_ends_the_evaluation(hr: Path) -> None:
+def test_truncated_image_fails_the_evaluation(hr: Path) -> None:
     (hr / "c.png").write_bytes((hr / "a.png").read_bytes()[:2000])
     result = run("--hr", hr, "--scale", 2, "--bicubic")
     assert result.exit_code == 1
@@ -276,7 +279,7 @@ def test_usage_errors(hr: Path, weights: Path) -> None:
         assert message in result.stderr
 
 
-def test_bad_input_is_one_clear_line(hr: Path, weights: Path, tmp_path: Path) -> None:
+def test_bad_input_is_a_one_line_error(hr: Path, weights: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.png").mkdir()
     (tmp_path / "text.pt").write_text("nothing")
@@ -286,14 +289,17 @@ def test_bad_input_is_one_clear_line(hr: Path, weights: Path, tmp_path: Path) ->
         (["--hr", tmp_path / "empty", "--bicubic"], "empty"),
         (["--hr", hr, "--checkpoint", tmp_path / "absent.pt"], "absent.pt: no such file"),
         (["--hr", hr, "--checkpoint", tmp_path / "text.pt"], "got a damaged file or other content"),
-        (["--hr", hr, "--checkpoint", tmp_path / "x4.pt"], "expected a network for --scale 2, got one for 4"),
+        (["--hr", hr, "--checkpoint", tmp_path / "x4.pt"], "expected a network for scale 2, got scale 4"),
         (["--shards", hr, "--bicubic"], "index.json"),
-        (["--hr", hr, "--bicubic", "--save", hr], f"expected a folder for results outside {hr}"),
-        (["--hr", hr, "--bicubic", "--save", hr / "inner"], f"expected a folder for results outside {hr}"),
+        (["--hr", hr, "--bicubic", "--save", hr], f"expected a path outside the input {hr}"),
+        (["--hr", hr, "--bicubic", "--save", hr / "inner"], f"expected a path outside the input {hr}"),
         (["--hr", hr, "--bicubic", "--save", tmp_path / "text.pt"], "text.pt: File exists"),
         (["--hr", hr, "--checkpoint", weights, "--sheet", tmp_path / "text.pt" / "x.png"], "text.pt: File exists"),
-        (["--hr", hr, "--checkpoint", weights, "--sheet", tmp_path / "empty.png"], "empty.png: expected a file"),
-        (["--hr", hr, "--checkpoint", weights, "--sheet", hr / "sheet.png"], f"expected a place outside {hr}"),
+        (
+            ["--hr", hr, "--checkpoint", weights, "--sheet", tmp_path / "empty.png"],
+            "empty.png: expected a regular",
+        ),
+        (["--hr", hr, "--checkpoint", weights, "--sheet", hr / "sheet.png"], f"expected a path outside the input {hr}"),
         (["--hr", hr, "--checkpoint", weights, "--sheet", tmp_path / "weights.pt/x.png"], "weights.pt: File exists"),
     ):
         result = run(*arguments, "--scale", 2)
@@ -321,7 +327,7 @@ def test_runs_as_a_module(hr: Path) -> None:
 
 @pytest.mark.parametrize(("scale", "psnr", "ssim"), [(2, 33.66, 0.9299), (3, 30.39, 0.8682), (4, 28.42, 0.8104)])
 @pytest.mark.parametrize("given", [True, False])
-def test_set5_bicubic_is_the_published_one(scale: int, psnr: float, ssim: float, given: bool) -> None:
+def test_set5_bicubic_matches_published_scores(scale: int, psnr: float, ssim: float, given: bool) -> None:
     shared = os.environ.get("SRSHARDS_SHARED")
     if not shared:
         pytest.skip("SRSHARDS_SHARED is not set")

@@ -1,4 +1,4 @@
-"""The ONNX export: the same values at any size, no trace of this machine, and what it says when it cannot be made."""
+"""ONNX export: equal values at any size, no local paths, and error messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(*arguments: object) -> Result:
 
 
 @pytest.mark.parametrize("scale", [3, 4])
-def test_onnxruntime_gives_the_same_at_any_size(scale: int, tmp_path: Path) -> None:
+def test_onnxruntime_matches_torch_at_any_size(scale: int, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
@@ -54,7 +54,7 @@ def test_onnxruntime_gives_the_same_at_any_size(scale: int, tmp_path: Path) -> N
         np.testing.assert_allclose(session.run(None, {"lr": image.numpy()})[0], expected, rtol=0, atol=1e-5)
 
 
-def test_a_difference_is_noticed_and_nothing_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differing_export_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
@@ -64,7 +64,7 @@ def test_a_difference_is_noticed_and_nothing_written(tmp_path: Path, monkeypatch
     with torch.no_grad():
         net.to_feat.weight += 0.1
     assert largest_difference(net, onnx) > 1e-3
-    with pytest.raises(ExportError, match="expected a network that onnxruntime loads"):
+    with pytest.raises(ExportError, match="expected a file that onnxruntime loads"):
         largest_difference(net, onnx[: len(onnx) // 2])
 
     torch.save(net.state_dict(), tmp_path / "weights.pt")
@@ -76,13 +76,13 @@ def test_a_difference_is_noticed_and_nothing_written(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
-def test_missing_packages_are_one_clear_line(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_a_one_line_error(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
 
-    def lacking(name: str, *more: Any) -> Any:
+    def find_all_but_missing(name: str, *more: Any) -> Any:
         return None if name == missing else find(name, *more)
 
-    monkeypatch.setattr(importlib.util, "find_spec", lacking)
+    monkeypatch.setattr(importlib.util, "find_spec", find_all_but_missing)
     torch.save(network(2).state_dict(), tmp_path / "weights.pt")
     result = run("--onnx", tmp_path / "net.onnx", "--checkpoint", tmp_path / "weights.pt")
     assert result.exit_code == 1

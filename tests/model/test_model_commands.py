@@ -1,4 +1,4 @@
-"""The commands of model/ with the habits and the files of others: what they refuse, leave out, and say."""
+"""The commands of `model` with unusual files and environments: errors, left-out images, messages."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from PIL import Image as Pillow
 from loader.errors import ShardsError
 from model.checkpoints import load_checkpoint
 from model.enlarge import export, upscale
+from model.enlarge.allocator import keep_freed_memory
 from model.enlarge.export import ExportError, largest_difference
-from model.enlarge.upscalers import OutputError, keep_freed_memory, network_upscaler
+from model.enlarge.upscalers import NonFiniteError, network_upscaler
 from model.evaluate import curves, evaluate
 from model.evaluate.pairs import read_pairs
 from model.metrics import psnr, ssim
 from model.shufflemixer import ShuffleMixer
+from prep.console import progress
 
 CPU = torch.device("cpu")
 
@@ -56,7 +58,7 @@ def run(command: object, *arguments: object) -> Result:
     return result
 
 
-# Numbers that are none.
+# NaN and infinity
 
 
 def test_scores_of_nan_are_nan() -> None:
@@ -68,15 +70,15 @@ def test_scores_of_nan_are_nan() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_network_that_gives_no_number_is_told(value: float) -> None:
+def test_non_finite_output_is_an_error(value: float) -> None:
     network = small()
     torch.nn.init.constant_(network.tail.bias, value)  # type: ignore[arg-type]
-    with pytest.raises(OutputError, match="expected a network that gives finite values, got NaN or infinity"):
+    with pytest.raises(NonFiniteError, match="expected finite output from the network, got NaN or infinity"):
         network_upscaler(network, CPU)(photograph(8, 8))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_no_numbers_are_refused_everywhere(
+def test_non_finite_weights_are_rejected_by_every_command(
     value: float, hr: Path, weights: Path, tmp_path: Path
 ) -> None:
     state = small().state_dict()
@@ -97,19 +99,19 @@ def test_weights_that_are_no_numbers_are_refused_everywhere(
     assert not (tmp_path / "net.onnx").exists()
 
 
-def test_weights_that_overflow_name_the_image(hr: Path, weights: Path, tmp_path: Path) -> None:
+def test_overflow_error_names_the_image(hr: Path, weights: Path, tmp_path: Path) -> None:
     state = {name: value * 1e30 for name, value in small().state_dict().items()}
     torch.save(state, weights)
     result = run(evaluate, "--hr", hr, "--scale", 2, "--checkpoint", weights, "--device", "cpu")
     assert result.exit_code == 1
-    assert "Error: image a: expected a network that gives finite values, got NaN or infinity" in result.stderr
+    assert "Error: image a: expected finite output from the network, got NaN or infinity" in result.stderr
     result = run(upscale, hr / "a.png", "--checkpoint", weights, "--out", tmp_path / "large.png")
     assert result.exit_code == 1
-    assert f"Error: {hr / 'a.png'}: expected a network that gives finite values" in result.stderr
+    assert f"Error: {hr / 'a.png'}: expected finite output from the network" in result.stderr
     assert not (tmp_path / "large.png").exists()
 
 
-def test_export_compares_numbers_only() -> None:
+def test_export_rejects_non_finite_output() -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
@@ -117,12 +119,12 @@ def test_export_compares_numbers_only() -> None:
     exported = export.export_onnx(network, {})
     for value in (math.nan, math.inf):
         torch.nn.init.constant_(broken.tail.bias, value)  # type: ignore[arg-type]
-        with pytest.raises(ExportError, match="got NaN or infinity of torch"):
+        with pytest.raises(ExportError, match="got NaN or infinity from torch"):
             largest_difference(broken, exported)
     model = onnx.load_from_string(exported)
     (bias,) = (one for one in model.graph.initializer if one.name == "tail.bias")
     bias.raw_data = np.full(3, np.nan, np.float32).tobytes()
-    with pytest.raises(ExportError, match="got NaN or infinity of onnxruntime"):
+    with pytest.raises(ExportError, match="got NaN or infinity from onnxruntime"):
         largest_difference(network, model.SerializeToString())
 
 
@@ -137,9 +139,9 @@ def test_small_images_are_left_out_of_the_mean(hr: Path) -> None:
     assert result.exit_code == 0
     assert result.stdout.splitlines() == before
     assert result.stderr.splitlines() == [
-        "image aa is left out: SSIM needs 11 x 11 pixels inside a border of 2, got 12 x 40",
-        "image c is left out: expected at least 2 x 2 pixels, got 1 x 1",
-        "the mean is over 2 images; 2 too small ones are left out",
+        "image aa left out: SSIM needs 11 x 11 pixels inside a border of 2, got 12 x 40",
+        "image c left out: expected at least 2 x 2 pixels, got 1 x 1",
+        "mean of 2 images; 2 left out as too small",
     ]
     facts = json.loads(run(evaluate, "--hr", hr, "--scale", 2, "--bicubic", "--json").stdout)
     assert list(facts["left_out"]) == ["aa", "c"]
@@ -148,35 +150,35 @@ def test_small_images_are_left_out_of_the_mean(hr: Path) -> None:
         (hr / f"{name}.png").unlink()
     result = run(evaluate, "--hr", hr, "--scale", 2, "--bicubic")
     assert result.exit_code == 1
-    assert "expected images that can be scored, got 2 too small ones" in result.stderr
+    assert "expected at least one image that can be scored, got 2 that are too small" in result.stderr
     assert "mean" not in result.stdout
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sheet", "folder.png"], "folder.png: expected a file or nothing there, got a folder"),
-        (["--sheet", "pipe.png"], "pipe.png: expected a file or nothing there"),
-        (["--sheet", "hr/sheet.png"], "hr/sheet.png: expected a place outside hr, which is read from"),
+        (["--sheet", "folder.png"], "folder.png: expected a regular file or a new path, got a folder"),
+        (["--sheet", "pipe.png"], "pipe.png: expected a regular file or a new path"),
+        (["--sheet", "hr/sheet.png"], "hr/sheet.png: expected a path outside the input hr"),
         (["--sheet", "weights.pt/sheet.png"], "weights.pt: File exists"),
         (["--sheet", "sheet.jpg"], "expected a name that ends in .png, got 'sheet.jpg'"),
         (["--sheet", "/proc/sheet.png"], "/proc: "),
         (["--save", "/proc/self"], "/proc/self: "),
     ],
 )
-def test_outputs_are_looked_at_before_the_work(
+def test_outputs_are_checked_first(
     flags: list[str], message: str, hr: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
-    monkeypatch.setattr(evaluate, "open_network", None)  # nothing is computed
+    monkeypatch.setattr(evaluate, "open_network", None)  # must not be reached
     result = run(evaluate, "--hr", "hr", "--scale", 2, "--checkpoint", "weights.pt", *flags)
     assert result.exit_code in (1, 2)
     assert message in result.stderr
 
 
-def test_lr_of_equal_names_is_found(hr: Path, tmp_path: Path) -> None:
+def test_lr_files_may_have_the_names_of_hr(hr: Path, tmp_path: Path) -> None:
     lr = tmp_path / "lr"
     for folder in (lr, lr / "X2"):
         folder.mkdir()
@@ -190,7 +192,15 @@ def test_lr_of_equal_names_is_found(hr: Path, tmp_path: Path) -> None:
         list(read_pairs(hr, lr, 2))
 
 
-def test_names_that_look_like_lr_are_no_trap(tmp_path: Path) -> None:
+def test_equal_names_match_in_any_normal_form(tmp_path: Path) -> None:
+    for folder, name, size in (("hr", "\u00fc", 40), ("lr", "u\u0308", 20)):
+        (tmp_path / folder).mkdir()
+        Pillow.fromarray(photograph(size, size)).save(tmp_path / folder / f"{name}.png")
+    (pair,) = read_pairs(tmp_path / "hr", tmp_path / "lr", 2)
+    assert np.array_equal(pair.lr, photograph(20, 20))
+
+
+def test_hr_names_may_look_like_lr_names(tmp_path: Path) -> None:
     for folder, size in (("hr", 40), ("lr", 20)):
         (tmp_path / folder).mkdir()
         for name in ("a", "ax2"):
@@ -199,7 +209,7 @@ def test_names_that_look_like_lr_are_no_trap(tmp_path: Path) -> None:
     assert np.array_equal(pairs["ax2"], photograph(20, 20, 3))
 
 
-def test_names_of_images_reach_no_terminal_raw(hr: Path, weights: Path) -> None:
+def test_control_characters_in_names_are_escaped(hr: Path, weights: Path) -> None:
     (hr / "a.png").rename(hr / "\x1b[31ma.png")
     result = run(evaluate, "--hr", hr, "--scale", 2, "--bicubic")
     assert result.exit_code == 0
@@ -215,7 +225,7 @@ def test_names_of_images_reach_no_terminal_raw(hr: Path, weights: Path) -> None:
 # upscale
 
 
-def test_a_broken_picture_stands_in_nobodys_way(hr: Path, weights: Path) -> None:
+def test_failed_picture_does_not_block_its_namesake(hr: Path, weights: Path) -> None:
     (hr / "a.jpg").write_bytes((hr / "a.png").read_bytes()[:500])
     result = run(upscale, hr, "--checkpoint", weights)
     assert result.exit_code == 1
@@ -224,7 +234,7 @@ def test_a_broken_picture_stands_in_nobodys_way(hr: Path, weights: Path) -> None
     assert (hr / "a_x2.png").exists()
 
 
-def test_kinds_that_are_not_written_are_no_folders(hr: Path, weights: Path, tmp_path: Path) -> None:
+def test_unsupported_output_formats_are_not_taken_for_folders(hr: Path, weights: Path, tmp_path: Path) -> None:
     result = run(upscale, hr / "a.png", "--checkpoint", weights, "--out", tmp_path / "b.gif")
     assert result.exit_code == 2
     assert "b.gif: expected a folder, or a name that ends in one of .png" in result.stderr
@@ -233,21 +243,21 @@ def test_kinds_that_are_not_written_are_no_folders(hr: Path, weights: Path, tmp_
     assert (tmp_path / "v1.5" / "a_x2.png").exists()
 
 
-def test_the_checkpoint_is_never_replaced(hr: Path, weights: Path) -> None:
+def test_checkpoint_is_never_replaced(hr: Path, weights: Path) -> None:
     target = weights.rename(hr / "b_x2.png")
     result = run(upscale, hr / "b.png", "--checkpoint", target, "--overwrite")
     assert result.exit_code == 1
-    assert "is one of the files that are read" in result.stderr
+    assert "is an input file" in result.stderr
     result = run(export, "--onnx", target, "--checkpoint", target)
     assert result.exit_code == 1
-    assert "expected a place outside" in result.stderr
+    assert "expected a path outside the input" in result.stderr
     assert load_checkpoint(target).weights_key == "params"
 
 
-def test_progress_is_told_where_there_is_no_terminal(
+def test_progress_is_printed_without_a_terminal(
     hr: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prep.console.progress.LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     flags = ["--checkpoint", weights, "--out", tmp_path / "b.png", "--tile", 20]
     result = run(upscale, hr / "a.png", *flags)
     assert result.exit_code == 0
@@ -255,11 +265,11 @@ def test_progress_is_told_where_there_is_no_terminal(
 
 
 def test_freed_memory_is_kept() -> None:
-    """Large arrays that come and go are not asked of the system again and again."""
+    """Freed large arrays are reused without page faults."""
     code = """if True:
         import resource
         import numpy as np
-        from model.enlarge.upscalers import keep_freed_memory
+        from model.enlarge.allocator import keep_freed_memory
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(10):
@@ -279,7 +289,7 @@ def test_freed_memory_is_kept() -> None:
 # curves
 
 
-def test_logs_of_strangers(tmp_path: Path) -> None:
+def test_malformed_logs_are_rejected(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     good = '{"iteration": 1, "loss": 0.5}\n'
     log.write_text(
@@ -305,7 +315,7 @@ def test_logs_of_strangers(tmp_path: Path) -> None:
     assert not (tmp_path / "c.png").exists()
 
 
-def test_labels_are_no_formulas(tmp_path: Path) -> None:
+def test_labels_are_not_parsed_as_formulas(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name in ("a$\\frac{$", "$x$"):
         (tmp_path / name).mkdir()
@@ -314,7 +324,7 @@ def test_labels_are_no_formulas(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
-# As other Unix tools.
+# Unix conventions
 
 COMMANDS = {
     "evaluate": ["--hr", "hr", "--scale", "2", "--bicubic"],
@@ -335,7 +345,7 @@ def test_full_devices_and_closed_streams(command: str, hr: Path, weights: Path, 
     assert done.stderr == "Error: standard output: No space left on device\n"
 
 
-def test_a_reader_who_is_gone_ends_the_command(hr: Path, tmp_path: Path) -> None:
+def test_closed_pipe_ends_the_command(hr: Path, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     reading, writing = os.pipe()
     os.close(reading)

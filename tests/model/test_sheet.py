@@ -1,4 +1,4 @@
-"""Sample sheets: the right crop, the right pixels in the right place, whole files."""
+"""Sheets: choice of the crop, position of its pixels, atomic writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from model.metrics import Image, luma, psnr, score
 
 
 def row(height: int, width: int, scale: int = 4, name: str = "a", side: int = 96) -> tuple[Row, Image, Image]:
-    """A row, its network's image and HR; the network is right, and bicubic most wrong in a corner of much detail."""
+    """Return a row, the network's image and HR; bicubic is worst in the detailed lower right corner."""
     hr = cv2.GaussianBlur(photograph(height, width), (0, 0), 3).astype(np.uint8)
     rng = np.random.default_rng(0)
     hr[height // 2 :, width // 2 :] = rng.integers(0, 256, hr[height // 2 :, width // 2 :].shape)
@@ -28,7 +28,7 @@ def row(height: int, width: int, scale: int = 4, name: str = "a", side: int = 96
     return make_row(name, lr, sr, bicubic, hr, scale, side), sr, hr
 
 
-def test_the_crop_is_where_network_and_bicubic_differ_most() -> None:
+def test_crop_is_where_network_and_bicubic_differ_most() -> None:
     made, sr, hr = row(240, 320, side=64)
     network, truth = made.panels[2].picture, made.panels[3].picture
     top, left = np.argwhere(
@@ -41,7 +41,7 @@ def test_the_crop_is_where_network_and_bicubic_differ_most() -> None:
     assert made.panels[3].picture.shape == (64, 64, 3)
 
 
-def test_lr_pixels_are_enlarged_in_place() -> None:
+def test_lr_crop_shows_the_same_region() -> None:
     made, _, hr = row(240, 320, side=50)
     lr = imresize(hr, 4)
     left, top = (int(number) for number in made.note.split("(")[1].rstrip(")").split(", "))
@@ -50,7 +50,7 @@ def test_lr_pixels_are_enlarged_in_place() -> None:
     assert np.array_equal(made.panels[0].picture, nearest[top : top + 50, left : left + 50])
 
 
-def test_captions_tell_the_scores() -> None:
+def test_captions_show_the_scores() -> None:
     made, sr, hr = row(120, 160)
     whole = score(sr, hr, 4)
     bicubic = score(enlarge(imresize(hr, 4), 4), hr, 4)
@@ -65,7 +65,7 @@ def test_captions_tell_the_scores() -> None:
     assert made.panels[1].caption[1] == f"PSNR-Y {bicubic.psnr_y:.2f} dB"
 
 
-def test_equal_images_have_a_crop_and_no_gain() -> None:
+def test_equal_images_show_no_gain() -> None:
     hr = photograph(40, 40)
     lr = imresize(hr, 2)
     made = make_row("same", lr, hr, hr, hr, 2, side=16)
@@ -81,7 +81,7 @@ def test_small_images_are_shown_whole(size: tuple[int, int]) -> None:
     assert draw_sheet([made]).shape[1] == 2 * MARGIN + 4 * PANEL + 3 * GAP
 
 
-def test_wrong_sizes_are_refused() -> None:
+def test_wrong_sizes_are_rejected() -> None:
     hr = photograph(40, 40)
     lr = imresize(hr, 2)
     for images, what in (
@@ -97,7 +97,7 @@ def test_wrong_sizes_are_refused() -> None:
         draw_sheet([])
 
 
-def test_the_file_holds_the_crops_in_columns(tmp_path: Path) -> None:
+def test_file_shows_the_crops_in_columns(tmp_path: Path) -> None:
     rows = [row(240, 320)[0], row(48, 100, name="b")[0]]
     write_sheet(rows, tmp_path / "sheet.png")
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
@@ -110,7 +110,7 @@ def test_the_file_holds_the_crops_in_columns(tmp_path: Path) -> None:
         place = drawn[top : top + PANEL, left : left + PANEL]
         assert np.array_equal(place, panel.picture.repeat(3, 0).repeat(3, 1))
         below = drawn[top + PANEL + 8 : top + PANEL + 8 + LINE, left : left + PANEL]
-        assert below.min() < 100  # the caption's ink
+        assert below.min() < 100  # the caption
     assert (drawn[:, :MARGIN] == 255).all()
     assert (drawn[:, -MARGIN:] == 255).all()
     assert (drawn[-MARGIN:] == 255).all()
@@ -120,9 +120,9 @@ def test_the_file_holds_the_crops_in_columns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("unicode", [True, False])
 @pytest.mark.parametrize("name", ["a" * 300, "Vögel 写真 " * 30, "\n\x00", "%s{}", "\udce9"])
-def test_any_name_stays_inside_its_row(name: str, unicode: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_name_fits_its_row(name: str, unicode: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if unicode and not sheet.UNICODE:
-        pytest.skip("this OpenCV draws ASCII only")
+        pytest.skip("this version of OpenCV draws ASCII only")
     monkeypatch.setattr(sheet, "UNICODE", unicode)
     drawn = draw_sheet([row(48, 100, name=name)[0]])
     assert (drawn[:, :MARGIN] == 255).all()
@@ -130,22 +130,22 @@ def test_any_name_stays_inside_its_row(name: str, unicode: bool, monkeypatch: py
     note = sheet.text_width("x4, crop of 96 x 48 from (0, 0)", sheet.FONT, sheet.TEXT)
     head = drawn[MARGIN : MARGIN + LINE]
     assert head[:, : -MARGIN - note].min() < 100
-    assert (head[:, -MARGIN - note - GAP : -MARGIN - note - 4] == 255).all()  # a gap between name and note
+    assert (head[:, -MARGIN - note - GAP : -MARGIN - note - 4] == 255).all()  # the gap between name and note
 
 
-def test_names_without_unicode_are_spelt_in_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_become_ascii_for_old_opencv(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sheet, "UNICODE", False)
-    assert sheet.drawable("Vögel am Fluß 写") == "Vogel am Flu? ?"
+    assert sheet.to_drawable("Vögel am Fluß 写") == "Vogel am Flu? ?"
 
 
-def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_write_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(IsADirectoryError, match="folder"):
         write_sheet([row(48, 48)[0]], tmp_path / "folder.png")
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sheet([row(48, 48)[0]], tmp_path / "sheet.png")
     before = (tmp_path / "sheet.png").read_bytes()
 

@@ -1,4 +1,4 @@
-"""Making pictures larger as a person does it: what is written where, what is kept, and what is never lost."""
+"""The upscale command: output files, alpha channels, colour profiles, and protection of existing files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from PIL import ImageCms
 
 from loader.errors import ShardsError
 from loader.resize.imresize import enlarge
-from model.enlarge import tiles as tiled
-from model.enlarge import upscale
+from model.enlarge import alpha, tile_size, upscale
+from model.enlarge.alpha import enlarge_alpha
 from model.enlarge.pictures import Picture, encode_picture, read_picture
-from model.enlarge.upscale import enlarge_strips, main
+from model.enlarge.upscale import main
 from model.enlarge.upscalers import network_upscaler
 from model.metrics import Image
 from model.shufflemixer import ShuffleMixer
@@ -42,7 +42,7 @@ def weights(network: ShuffleMixer, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with two pictures, `a.png` and `ü.jpg`, a hidden one, another file, and a folder."""
+    """A folder with pictures `a.png` and `ü.jpg`, a hidden picture, a text file and a subfolder."""
     place = tmp_path / "pictures"
     (place / "inner").mkdir(parents=True)
     Pillow.fromarray(photograph(24, 30)).save(place / "a.png")
@@ -67,12 +67,12 @@ def names(folder: Path) -> list[str]:
 
 
 def transparent(height: int, width: int) -> Image:
-    """RGBA (H, W, 4) whose alpha rises from left to right."""
+    """Return RGBA (H, W, 4) with alpha rising from left to right."""
     alpha = np.linspace(0, 255, width).astype(np.uint8)[None].repeat(height, axis=0)
     return np.dstack([photograph(height, width), alpha])
 
 
-def test_a_picture_becomes_larger_beside_itself(folder: Path, weights: Path, network: ShuffleMixer) -> None:
+def test_result_is_written_next_to_the_picture(folder: Path, weights: Path, network: ShuffleMixer) -> None:
     result = run(folder / "a.png", "--checkpoint", weights, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert f"{folder / 'a.png'} -> {folder / 'a_x2.png'}  30 x 24 -> 60 x 48" in result.stdout
@@ -81,14 +81,14 @@ def test_a_picture_becomes_larger_beside_itself(folder: Path, weights: Path, net
     assert np.array_equal(pixels(folder / "a.png"), photograph(24, 30))
 
 
-def test_folders_are_done_once(folder: Path, weights: Path) -> None:
+def test_results_in_a_folder_are_not_enlarged_again(folder: Path, weights: Path) -> None:
     before = names(folder)
     assert run(folder, "--checkpoint", weights).exit_code == 0
     assert sorted({*names(folder)} - {*before}) == ["a_x2.png", "ü_x2.png"]
     after = names(folder)
-    again = run(folder, "--checkpoint", weights)  # results are no sources
+    again = run(folder, "--checkpoint", weights)  # results are not inputs
     assert again.exit_code == 1
-    assert f"{folder / 'a.png'}: {folder / 'a_x2.png'} exists; add --overwrite" in again.stderr
+    assert f"{folder / 'a.png'}: {folder / 'a_x2.png'} exists; use --overwrite" in again.stderr
     assert run(folder, "--checkpoint", weights, "--overwrite").exit_code == 0
     assert names(folder) == after
 
@@ -104,14 +104,12 @@ def test_out_is_a_folder_or_a_file(folder: Path, weights: Path, tmp_path: Path) 
         assert np.abs(difference).mean() < (3 if suffix == ".jpg" else 1e-9)
 
 
-def test_tiles_and_whole_give_the_same(
-    folder: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiles_equal_the_whole(folder: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     for number, tile in enumerate((100, 7, "auto")):
         if number == 2:
-            monkeypatch.setattr(tiled, "MEMORY", 0)
-            monkeypatch.setattr(tiled, "SMALLEST", 9)
+            monkeypatch.setattr(tile_size, "MEMORY_BUDGET", 0)
+            monkeypatch.setattr(tile_size, "MIN_TILE", 9)
         out = tmp_path / f"{number}.png"
         assert run(folder / "a.png", "--checkpoint", weights, "--out", out, "--tile", tile).exit_code == 0
         made.append(pixels(out).astype(int))
@@ -122,7 +120,7 @@ def test_tiles_and_whole_give_the_same(
     assert not np.array_equal(pixels(ensemble), made[0])
 
 
-def test_transparency_is_kept(folder: Path, weights: Path, network: ShuffleMixer) -> None:
+def test_alpha_is_kept(folder: Path, weights: Path, network: ShuffleMixer) -> None:
     rgba = transparent(24, 30)
     Pillow.fromarray(rgba).save(folder / "t.png")
     assert run(folder / "t.png", "--checkpoint", weights, "--device", "cpu").exit_code == 0
@@ -135,14 +133,14 @@ def test_transparency_is_kept(folder: Path, weights: Path, network: ShuffleMixer
     assert not (folder / "t.jpg").exists()
 
 
-def test_alpha_by_strips_is_alpha_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alpha_in_strips_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     plane = np.ascontiguousarray(photograph(41, 30)[..., 0])
-    monkeypatch.setattr(upscale, "STRIP", 150)
+    monkeypatch.setattr(alpha, "STRIP", 150)
     for scale in (2, 3, 4):
-        assert np.array_equal(enlarge_strips(plane, scale), enlarge(plane, scale))
+        assert np.array_equal(enlarge_alpha(plane, scale), enlarge(plane, scale))
 
 
-def test_bad_pictures_do_not_stop_the_others(folder: Path, weights: Path, tmp_path: Path) -> None:
+def test_bad_pictures_are_skipped(folder: Path, weights: Path, tmp_path: Path) -> None:
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:600])
     Pillow.fromarray(transparent(20, 20)).save(folder / "cut2.png")
     (folder / "cut2.png").write_bytes((folder / "cut2.png").read_bytes()[:-200])
@@ -157,8 +155,8 @@ def test_bad_pictures_do_not_stop_the_others(folder: Path, weights: Path, tmp_pa
     for error, (name, message) in zip(
         errors,
         [
-            ("absent.png", "got nothing there"),
-            ("empty", "got none in this folder"),
+            ("absent.png", "got no such file"),
+            ("empty", "expected a folder with images"),
             ("notes.txt", "got '.txt'"),
             ("cut.png", "damaged"),
             ("cut2.png", "damaged"),
@@ -172,31 +170,31 @@ def test_bad_pictures_do_not_stop_the_others(folder: Path, weights: Path, tmp_pa
         assert message in error
 
 
-def test_sources_and_results_are_never_replaced(folder: Path, weights: Path, tmp_path: Path) -> None:
+def test_inputs_and_results_are_never_replaced(folder: Path, weights: Path, tmp_path: Path) -> None:
     before = (folder / "a.png").read_bytes()
     link = tmp_path / "link"
     link.symlink_to(folder)
     for out in (folder / "a.png", link / "a.png"):
         result = run(folder / "a.png", "--checkpoint", weights, "--out", out, "--overwrite")
         assert result.exit_code == 1
-        assert "is one of the files that are read" in result.stderr
+        assert "is an input file" in result.stderr
     assert (folder / "a.png").read_bytes() == before
 
     Pillow.fromarray(photograph(10, 10)).save(folder / "a.bmp")
     result = run(folder, "--checkpoint", weights, "--overwrite")
     assert result.exit_code == 1
-    assert result.stderr.count("already the result of another image of this run") == 1
-    assert pixels(folder / "a_x2.png").shape == (20, 20, 3)  # of a.bmp, the first
+    assert result.stderr.count("was already written for another image") == 1
+    assert pixels(folder / "a_x2.png").shape == (20, 20, 3)  # from a.bmp, the first
 
     (folder / "b_x2.png").mkdir()
     Pillow.fromarray(photograph(10, 10)).save(folder / "b.png")
     result = run(folder / "b.png", "--checkpoint", weights, "--overwrite")
     assert result.exit_code == 1
-    assert "expected a file or nothing there, got a folder" in result.stderr
+    assert "expected a regular file or a new path, got a folder" in result.stderr
 
 
 @pytest.mark.parametrize("allocate", [lambda size: torch.empty(size), lambda size: np.empty(size)])
-def test_too_little_memory_is_told(
+def test_out_of_memory_suggests_smaller_tiles(
     allocate: Callable[[int], Any], folder: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
@@ -205,7 +203,7 @@ def test_too_little_memory_is_told(
     monkeypatch.setattr(upscale, "network_upscaler", fail)
     result = run(folder / "a.png", "--checkpoint", weights)
     assert result.exit_code == 1
-    assert "a.png: out of memory; try --tile with a small number" in result.stderr
+    assert "a.png: out of memory; try --tile 128 or less" in result.stderr
 
 
 def test_usage_and_checkpoint_errors(folder: Path, weights: Path, tmp_path: Path) -> None:
@@ -215,12 +213,12 @@ def test_usage_and_checkpoint_errors(folder: Path, weights: Path, tmp_path: Path
         ([a], 2, "--checkpoint"),
         ([a, "--checkpoint", weights, "--tile", "0"], 2, "expected auto or a number of LR pixels, got '0'"),
         ([a, "--checkpoint", weights, "--overlap", "4"], 2, "--overlap needs --tile"),
-        ([folder, "--checkpoint", weights, "--out", "x.png"], 2, "expected a folder for more than one image"),
+        ([folder, "--checkpoint", weights, "--out", "x.png"], 2, "expected a folder for several images"),
         ([a, "--checkpoint", weights, "--device", "abacus"], 2, "cannot use 'abacus'"),
-        ([a, "--checkpoint", weights, "--scale", 4], 1, "expected a network for --scale 4, got one for 2"),
+        ([a, "--checkpoint", weights, "--scale", 4], 1, "expected a network for scale 4, got scale 2"),
         ([a, "--checkpoint", a], 1, "a.png: expected tensors written by torch.save"),
         ([a, "--checkpoint", weights, "--out", weights], 2, "weights.pt: expected a folder, or a name that ends"),
-        ([a, "--checkpoint", weights, "--out", weights / "b"], 1, "weights.pt/b/a_x2.png: expected to write there"),
+        ([a, "--checkpoint", weights, "--out", weights / "b"], 1, "weights.pt/b/a_x2.png: expected a writable path"),
         ([a, "--checkpoint", weights, "--out", tmp_path / "b.gif"], 2, "b.gif: expected a folder, or a name that ends"),
         ([a, "--checkpoint", weights, "--out", ""], 2, "expected a path, got an empty one"),
         (["", "--checkpoint", weights], 2, "expected a path, got an empty one"),
@@ -232,13 +230,13 @@ def test_usage_and_checkpoint_errors(folder: Path, weights: Path, tmp_path: Path
     assert "a_x2.png" not in names(folder)
 
 
-def test_a_small_overlap_is_told(folder: Path, weights: Path) -> None:
+def test_small_overlap_is_a_warning(folder: Path, weights: Path) -> None:
     result = run(folder / "a.png", "--checkpoint", weights, "--tile", 8, "--overlap", 2)
     assert result.exit_code == 0
-    assert "--overlap 2 is less than the 5 pixels that the network sees" in result.stderr
+    assert "--overlap 2 is below the network's receptive radius of 5 pixels" in result.stderr
 
 
-def test_palettes_grey_and_orientation_are_read(tmp_path: Path) -> None:
+def test_palette_grey_and_orientation_are_read(tmp_path: Path) -> None:
     Pillow.fromarray(photograph(20, 30)).quantize(16).save(tmp_path / "palette.png", transparency=3)
     palette = read_picture(tmp_path / "palette.png")
     assert palette.alpha is not None
@@ -254,24 +252,24 @@ def test_palettes_grey_and_orientation_are_read(tmp_path: Path) -> None:
     Pillow.fromarray(opaque).save(tmp_path / "opaque.png")
     assert read_picture(tmp_path / "opaque.png").alpha is None
     exif = Pillow.Exif()
-    exif[0x0112] = 6  # stored lying on its side
+    exif[0x0112] = 6  # rotated by 90 degrees
     rgba = transparent(20, 30)
     for name in ("turned.png", "turned.webp"):
-        Pillow.fromarray(rgba).save(tmp_path / name, exif=exif, lossless=True, exact=True)  # PNG has no such choice
+        Pillow.fromarray(rgba).save(tmp_path / name, exif=exif, lossless=True, exact=True)  # PNG ignores both
         turned = read_picture(tmp_path / name)
         assert np.array_equal(turned.rgb, np.rot90(rgba[..., :3], -1))
         assert turned.alpha is not None
         assert np.array_equal(turned.alpha, np.rot90(rgba[..., 3], -1))
 
 
-def test_animations_are_refused(tmp_path: Path) -> None:
+def test_animations_are_rejected(tmp_path: Path) -> None:
     frames = [Pillow.fromarray(transparent(20, 30)), Pillow.fromarray(transparent(20, 30)[::-1])]
     frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
     with pytest.raises(ImageError, match="expected one image, got 2"):
         read_picture(tmp_path / "moving.webp")
 
 
-def test_colour_profiles_are_kept_where_they_fit(tmp_path: Path) -> None:
+def test_rgb_colour_profiles_are_kept(tmp_path: Path) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Pillow.fromarray(photograph(20, 30)).save(tmp_path / "a.png", icc_profile=profile)
     picture = read_picture(tmp_path / "a.png")
@@ -285,7 +283,7 @@ def test_colour_profiles_are_kept_where_they_fit(tmp_path: Path) -> None:
     assert read_picture(tmp_path / "grey.png").profile is None
 
 
-def test_pictures_too_large_for_their_kind_are_refused() -> None:
+def test_pictures_too_large_for_their_format_are_rejected() -> None:
     wide = Picture(np.zeros((1, 70_000, 3), np.uint8))
     for name in ("x.jpg", "x.webp"):
         with pytest.raises(ShardsError, match="expected a size that .* can hold, got 1 × 70000"):

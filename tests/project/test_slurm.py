@@ -201,8 +201,8 @@ def test_near_the_time_limit_it_saves_and_is_requeued(cluster: Cluster) -> None:
         batch.send_signal(signal.SIGUSR1)
         code, errors = cluster.end(batch)
         assert code == 0
-        assert "the time limit is near: asking train.py to save\n" in errors
-        assert f"not finished yet: requeueing job {cluster.job}\n" in errors
+        assert "time limit approaching: asking train.py to save\n" in errors
+        assert f"not finished: requeueing job {cluster.job}\n" in errors
         assert [(cluster.out / f"{rank}.signals").read_text() for rank in (0, 1)] == ["SIGUSR1"] * 2
         assert cluster.requeued()
         cluster.log.unlink()
@@ -227,7 +227,7 @@ def test_without_progress_it_is_not_requeued(cluster: Cluster) -> None:
     batch.send_signal(signal.SIGUSR1)
     code, errors = cluster.end(batch)
     assert code == 1
-    assert "no checkpoint was saved in this time" in errors
+    assert "no checkpoint was saved during this run" in errors
     assert not cluster.requeued()
 
 
@@ -248,7 +248,7 @@ def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster) -> None:
         os.kill(cluster.given(rank)["pid"], signal.SIGTERM)
     code, errors = cluster.end(batch)
     assert code == 1
-    assert "submit it again to go on" in errors
+    assert "submit it again to resume" in errors
     assert (cluster.out / "checkpoints" / "last.pt").exists()
     assert not cluster.requeued()
 
@@ -274,7 +274,7 @@ def test_shards_are_staged_when_asked(cluster: Cluster, training_shards: Path, v
     code, errors = cluster.run("finish", STAGE="1", **{variable: str(cluster.scratch)})
     assert code == 0
     staged = cluster.scratch / f"srshards-{cluster.job}"
-    assert f"shards copied from {cluster.shards} to {staged} of each node" in errors
+    assert f"shards copied from {cluster.shards} to {staged} on each node" in errors
     given = cluster.given(0)
     assert given["flags"][-4:] == ["--shards", str(staged), "--resume", "auto"]
     assert sorted(given["shards"]) == names
@@ -295,7 +295,7 @@ def test_shards_that_cannot_be_copied_are_read_in_place(cluster: Cluster, traini
     code, errors = cluster.run("finish", STAGE="1", TMPDIR=str(cluster.scratch))
     assert code == 0
     assert "shard-00001.h5: file: expected a file in this folder, got a link to " in errors
-    assert f"could not be copied to {cluster.scratch} of each node: reading {cluster.shards} in place" in errors
+    assert f"could not be copied to {cluster.scratch} on each node: reading {cluster.shards} in place" in errors
     assert "srshards-" not in " ".join(cluster.given(0)["flags"])
     assert not list(cluster.scratch.iterdir())
 
@@ -324,7 +324,7 @@ def test_elsewhere_than_in_the_checkout_it_is_refused(cluster: Cluster) -> None:
     (cluster.folder / "train.py").unlink()
     code, errors = cluster.run("finish")
     assert code == 2
-    assert f"expected train.py in the folder that sbatch is called in, got {cluster.folder}\n" in errors
+    assert f"expected to be submitted from the folder of train.py, got {cluster.folder}\n" in errors
 
 
 def test_a_real_training_goes_on_where_the_time_limit_stopped_it(cluster: Cluster, training_shards: Path) -> None:

@@ -13,11 +13,12 @@ from torch import nn
 from trainings import invoke, last
 
 from loader import ShardsError
+from model.device import is_out_of_memory
 from model.enlarge.upscalers import network_upscaler
 from model.metrics import WINDOW
 from model.shufflemixer import ShuffleMixer
 from model.training import validation
-from model.training.memory import is_out_of_memory, tried
+from model.training.memory import tried
 from model.training.validation import fitting_upscaler, open_validation
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,4 +1,4 @@
-"""Tiles: what they keep covers an image once, and together they are what the whole image gives."""
+"""Tiled inference equals inference on the whole image; so does a self-ensemble in tiles."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from model.enlarge import tiles as tiled
-from model.enlarge.tiles import Tiling, automatic_tiling, by_tiles, receptive_radius, self_ensemble, spans
+from model.enlarge import tile_size
+from model.enlarge.receptive_field import receptive_radius
+from model.enlarge.self_ensemble import self_ensembled
+from model.enlarge.tile_size import automatic_tiling
+from model.enlarge.tiles import Tiling, cut_axis, enlarge_in_tiles
 from model.shufflemixer import ShuffleMixer, ShuffleMixerConfig
 
 
@@ -32,44 +35,21 @@ def image(height: int, width: int, batch: int = 1) -> Tensor:
 
 
 @given(length=st.integers(1, 500), tile=st.integers(1, 200), overlap=st.integers(0, 90))
-def test_spans_cover_an_axis_once(length: int, tile: int, overlap: int) -> None:
+def test_tiles_cover_an_axis_once(length: int, tile: int, overlap: int) -> None:
     reached = 0
-    for span in spans(length, Tiling(tile, overlap)):
+    for span in cut_axis(length, Tiling(tile, overlap)):
         assert span.start == reached
         assert 0 < span.stop - span.start <= tile
-        assert span.first == max(0, span.start - overlap)
-        assert span.last == min(length, span.stop + overlap)
+        assert span.read_start == max(0, span.start - overlap)
+        assert span.read_stop == min(length, span.stop + overlap)
         reached = span.stop
     assert reached == length
 
 
 @pytest.mark.parametrize(("tile", "overlap", "name"), [(0, 1, "tile"), (-3, 1, "tile"), (8, -1, "overlap")])
-def test_tiling_refuses_what_it_cannot_be(tile: int, overlap: int, name: str) -> None:
+def test_invalid_tilings_are_rejected(tile: int, overlap: int, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least"):
         Tiling(tile, overlap)
-
-
-@pytest.mark.parametrize(("name", "radius"), [("tiny", 17), ("base", 37)])
-@pytest.mark.parametrize("scale", [2, 3, 4])
-def test_radius_of_the_published_networks(name: str, radius: int, scale: int) -> None:
-    assert receptive_radius(ShuffleMixer.preset(name, scale)) == radius
-
-
-@pytest.mark.parametrize("scale", [2, 3, 4])
-@pytest.mark.parametrize(("kernel_size", "blocks"), [(3, 1), (3, 2), (7, 1)])
-def test_nothing_beyond_the_radius_matters(scale: int, kernel_size: int, blocks: int) -> None:
-    """The gradient of the pixels made of LR pixel (c, c) ends at the radius, and reaches it."""
-    net = network(kernel_size, blocks, scale)
-    radius = radius_of(net)
-    centre = radius + 4
-    lr = image(2 * centre + 1, 2 * centre + 1).double().requires_grad_()
-    inner = slice(centre * scale, (centre + 1) * scale)
-    (gradient,) = torch.autograd.grad(net.double()(lr)[..., inner, inner].sum(), lr)
-    rows = gradient.abs().sum((0, 1, 3)).nonzero().flatten()
-    columns = gradient.abs().sum((0, 1, 2)).nonzero().flatten()
-    for seen in (rows, columns):
-        assert seen.min() == centre - radius
-        assert seen.max() == centre + radius
 
 
 @pytest.mark.parametrize(("scale", "tile"), [(2, 1 << 20), (2, 8), (3, 23), (4, 40)])
@@ -78,24 +58,24 @@ def test_tiles_equal_the_whole(scale: int, tile: int) -> None:
     lr = image(61, 45, batch=2)
     with torch.inference_mode():
         whole = net(lr)
-        tiles = by_tiles(net, lr, Tiling(tile, radius_of(net)))
+        tiles = enlarge_in_tiles(net, lr, Tiling(tile, radius_of(net)))
     assert tiles.shape == whole.shape
     torch.testing.assert_close(tiles, whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("switch", ["shuffle", "split", "fused", "norm"])
-def test_tiles_equal_the_whole_without_parts_of_the_network(switch: str) -> None:
+def test_tiles_equal_the_whole_for_ablated_networks(switch: str) -> None:
     torch.manual_seed(0)
     config = ShuffleMixerConfig(8, 5, 2, 2, 2, **{switch: False})
     net = ShuffleMixer.from_config(config).eval()
     lr = image(50, 41)
     with torch.inference_mode():
-        tiles = by_tiles(net, lr, Tiling(16, radius_of(net)))
+        tiles = enlarge_in_tiles(net, lr, Tiling(16, radius_of(net)))
         torch.testing.assert_close(tiles, net(lr), rtol=0, atol=1e-5)
 
 
 def edit(net: ShuffleMixer, name: str) -> None:
-    """Change a network by hand, as in research."""
+    """Replace a module, as a researcher might."""
     layer: Any = net.get_submodule("blocks.0.net.0")
     match name:
         case "dilated":
@@ -110,25 +90,25 @@ def edit(net: ShuffleMixer, name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 @pytest.mark.parametrize("name", ["dilated", "even", "wide", "pooled"])
-def test_tiles_equal_the_whole_of_edited_networks(name: str) -> None:
+def test_tiles_equal_the_whole_for_edited_networks(name: str) -> None:
     net = network(3, 1)
     edit(net, name)
     lr = image(50, 41)
     radius = receptive_radius(net)
     assert radius is not None
     with torch.inference_mode():
-        tiles = by_tiles(net, lr, Tiling(16, radius))
+        tiles = enlarge_in_tiles(net, lr, Tiling(16, radius))
         torch.testing.assert_close(tiles, net(lr), rtol=0, atol=1e-5)
 
 
-def test_too_small_an_overlap_seams() -> None:
+def test_too_small_an_overlap_leaves_seams() -> None:
     net = network(7, 1)
     lr = image(40, 40)
     with torch.inference_mode():
-        assert (by_tiles(net, lr, Tiling(16, 2)) - net(lr)).abs().max() > 1e-4
+        assert (enlarge_in_tiles(net, lr, Tiling(16, 2)) - net(lr)).abs().max() > 1e-4
 
 
-def test_parts_are_finished_one_by_one() -> None:
+def test_tiles_are_finished_one_by_one() -> None:
     seen = []
 
     def finish(sr: Tensor) -> Tensor:
@@ -138,34 +118,34 @@ def test_parts_are_finished_one_by_one() -> None:
     net = network()
     lr = image(20, 30)
     with torch.inference_mode():
-        tiles = by_tiles(net, lr, Tiling(10, radius_of(net)), finish)
+        tiles = enlarge_in_tiles(net, lr, Tiling(10, radius_of(net)), finish)
         expected = finish(net(lr))
     assert seen[:-1] == [(1, 3, 20, 20)] * 6
     assert tiles.dtype == torch.uint8
     assert (tiles.int() - expected.int()).abs().max() <= 1
 
 
-def test_automatic_tiles_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_tiles_fit_the_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     net = ShuffleMixer.preset("base", 4)
     assert automatic_tiling(net, 256, 256) is None
     large = automatic_tiling(net, 4000, 6000)
     assert large is not None
     assert large.overlap == 37
     side = large.tile + 2 * large.overlap
-    assert 0.9 * tiled.MEMORY < side**2 * 64 * 16 * 4 * tiled.FEATURE_COPIES <= tiled.MEMORY
-    monkeypatch.setattr(tiled, "MEMORY", 1 << 20)
-    assert automatic_tiling(net, 256, 256) == Tiling(tiled.SMALLEST, 37)
+    assert 0.9 * tile_size.MEMORY_BUDGET < side**2 * 64 * 16 * 4 * tile_size.FEATURE_COPIES <= tile_size.MEMORY_BUDGET
+    monkeypatch.setattr(tile_size, "MEMORY_BUDGET", 1 << 20)
+    assert automatic_tiling(net, 256, 256) == Tiling(tile_size.MIN_TILE, 37)
 
 
-def test_self_ensemble_averages_the_8_transforms() -> None:
-    """A function that knows where it is: of its 8 results, undone, the mean is known."""
+def test_self_ensemble_averages_8_transforms() -> None:
+    """Adding a position-dependent ramp: the mean over the transforms adds its average."""
     ramp = torch.arange(4.0).reshape(1, 1, 2, 2)
 
     def forward(lr: Tensor) -> Tensor:
         return lr + ramp
 
     lr = image(2, 2)
-    torch.testing.assert_close(self_ensemble(forward)(lr), lr + ramp.mean())
+    torch.testing.assert_close(self_ensembled(forward)(lr), lr + ramp.mean())
 
 
 @pytest.mark.parametrize(
@@ -174,15 +154,15 @@ def test_self_ensemble_averages_the_8_transforms() -> None:
 def test_self_ensemble_commutes_with_every_transform(transform: Callable[[Tensor], Tensor]) -> None:
     net = network(3, 1)
     lr = image(12, 17)
-    averaged = self_ensemble(net)
+    averaged = self_ensembled(net)
     with torch.inference_mode():
         torch.testing.assert_close(averaged(transform(lr)), transform(averaged(lr)), rtol=0, atol=1e-5)
         assert (averaged(lr) - net(lr)).abs().max() > 1e-3
 
 
-def test_self_ensemble_by_tiles_equals_the_whole() -> None:
-    averaged = self_ensemble(net := network())
+def test_self_ensemble_in_tiles_equals_the_whole() -> None:
+    averaged = self_ensembled(net := network())
     lr = image(33, 50)
     with torch.inference_mode():
-        tiles = by_tiles(averaged, lr, Tiling(20, radius_of(net)))
+        tiles = enlarge_in_tiles(averaged, lr, Tiling(20, radius_of(net)))
         torch.testing.assert_close(tiles, averaged(lr), rtol=0, atol=1e-5)
