@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from model.parts import ChannelNorm, PointMlp
+from model.layers import ChannelNorm, PointMlp
 from model.shufflemixer import FeatureMixingBlock, ShuffleMixer, ShuffleMixerLayer
 
 # Modules that work on each pixel alone, or only call the modules they contain.
