@@ -46,7 +46,9 @@ class Mix(torch.autograd.Function):
         ctx: Any, x: Tensor, norm: Tensor, widen: Tensor, bias: Tensor, narrow: Tensor, out_bias: Tensor, skip: Any
     ) -> Tensor:
         """Run the kernel; save the input and the weights only."""
-        ctx.save_for_backward(x, norm, widen, bias, narrow, out_bias)  # not copies: they have no graph
+        ctx.save_for_backward(
+            x, norm, widen, bias, narrow, out_bias
+        )  # not the channels-last copies, which have no graph
         x, out = channels_last(x), empty_like(x)
         skip = None if skip is None else channels_last(skip)
         weights = _packed_mix_weights(norm, widen, bias, narrow, out_bias)
