@@ -29,27 +29,28 @@ from model.evaluate.curves import write_curves
 from model.losses import Losses, combined
 from model.metrics import Scores
 from model.shufflemixer import why_plain
-from model.training import resume as going_on
+from model.training import resume as resuming
 from model.training import saving
-from model.training.memory import is_out_of_memory, largest_part, too_large, tried
-from model.training.progress import Progress
-from model.training.ranks import FAILURES, Ranks, joined, told
-from model.training.resume import Origin, started
+from model.training.memory import fits_in_memory, is_out_of_memory, largest_micro_batch, out_of_memory_message
+from model.training.ranks import FAILURES, Ranks, describe_error, join_ranks
+from model.training.reporter import Reporter
+from model.training.resume import ResumePoint, open_run
 from model.training.settings import WHOLE, Config, learning_rate
-from model.training.sources import given, options, to_toml
+from model.training.settings_io import given_settings, setting_options, to_toml
 from model.training.state import State, digest, from_checkpoint, new_state, to_checkpoint
 from model.training.stopping import StopRequest, stop_request
 from model.training.validation import bicubic_scores, draw_sheet, network_scores, open_validation
 from prep.console.unix import UnixCommand
 
+Batch = tuple[Tensor, Tensor]  # LR and HR
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TrainingError(Exception):
+class TrainingError(ShardsError):
     """A run that cannot go on: the message says why."""
 
 
-def descend(forward: nn.Module, state: State, batch: tuple[Tensor, Tensor], part: float, config: Config) -> Losses:
+def add_gradients(forward: nn.Module, state: State, batch: Batch, part: float, config: Config) -> Losses:
     """Add the gradients of a float batch, which is such a part of this rank's share of a step; likewise its losses."""
     lr, hr = batch
     with torch.autocast(lr.device.type, TYPES[config.precision], enabled=config.precision != "fp32"):
@@ -59,26 +60,27 @@ def descend(forward: nn.Module, state: State, batch: tuple[Tensor, Tensor], part
     return Losses(losses.total.detach() * part, {name: value * part for name, value in losses.parts.items()})
 
 
-def added(parts: Sequence[Losses]) -> Losses:
+def sum_losses(parts: Sequence[Losses]) -> Losses:
     """Add up losses, each with those of its name."""
     total = torch.stack([one.total for one in parts]).sum()
     return Losses(total, {name: torch.stack([one.parts[name] for one in parts]).sum() for name in parts[0].parts})
 
 
-def train_step(state: State, share: tuple[Tensor, Tensor], config: Config, ranks: Ranks) -> Losses | None:
+def train_step(state: State, batch: Batch, config: Config, ranks: Ranks) -> Losses | None:
     """Learn from this rank's share of a step, given as bytes, and let the average of the weights follow.
 
     Returns the mean losses of the share; None if something was not finite, in any rank: then nothing was learnt.
     """
-    samples = len(share[0])
+    samples = len(batch[0])
     size = state.micro_batch or samples
     state.optimiser.zero_grad()
     parts = []
     for first in range(0, samples, size):
-        lr, hr = (side[first : first + size] for side in share)
-        with ranks.together(state.forward, last=first + size >= samples):
-            parts.append(descend(state.forward, state, to_float((lr, hr), ranks.device), len(lr) / samples, config))
-    losses = added(parts)
+        lr, hr = (side[first : first + size] for side in batch)
+        with ranks.gradient_sync(state.forward, last=first + size >= samples):
+            micro_batch = to_float((lr, hr), ranks.device)
+            parts.append(add_gradients(state.forward, state, micro_batch, len(lr) / samples, config))
+    losses = sum_losses(parts)
     state.iteration += 1
 
     health = losses.total
@@ -103,20 +105,20 @@ def train_step(state: State, share: tuple[Tensor, Tensor], config: Config, ranks
 
 def choose_micro_batch(state: State, config: Config, ranks: Ranks, search: bool) -> int:
     """Decide how many samples a rank computes at once; "auto" tries it out where memory can be searched so."""
-    share = config.share(ranks.world_size)
+    samples = config.rank_batch_size(ranks.world_size)
     if isinstance(config.micro_batch, int):
-        return min(config.micro_batch, share)
+        return min(config.micro_batch, samples)
     if config.micro_batch == WHOLE or not search:
-        return share
+        return samples
 
-    def step(samples: int) -> None:
+    def step(size: int) -> None:
         state.optimiser.zero_grad()
-        lr, hr = (torch.zeros(samples, 3, side, side) for side in (config.lr_patch, config.lr_patch * config.scale))
-        descend(state.network, state, to_float((lr, hr), ranks.device), 1.0, config)
+        lr, hr = (torch.zeros(size, 3, side, side) for side in (config.lr_patch, config.lr_patch * config.scale))
+        add_gradients(state.network, state, to_float((lr, hr), ranks.device), 1.0, config)
 
-    with ranks.united():
-        found = largest_part(share, tried(step, ranks.device))
-    return ranks.least(found)
+    with ranks.fail_together():
+        found = largest_micro_batch(samples, fits_in_memory(step, ranks.device))
+    return ranks.minimum(found)
 
 
 def open_patches(config: Config) -> PatchDataset:
@@ -132,17 +134,16 @@ class Run:
     """A run in its folder: what is trained, on what, and when it speaks, saves and validates."""
 
     def __init__(
-        self, config: Config, origin: Origin, ranks: Ranks, stop: StopRequest, *, allow_other_dataset: bool = False
+        self, config: Config, point: ResumePoint, ranks: Ranks, stop: StopRequest, *, allow_other_dataset: bool = False
     ) -> None:
         self.config, self.ranks, self.stop = config, ranks, stop
         self.out, self.checkpoints = Path(config.out), Path(config.out, "checkpoints")
-        share, pinned = config.share(ranks.world_size), ranks.device.type == "cuda"
-        with ranks.united():
+        samples, pinned = config.rank_batch_size(ranks.world_size), ranks.device.type == "cuda"
+        with ranks.fail_together():
             self.data = open_patches(config)
             self.valid = None if config.valid_shards is None else open_validation(config.valid_shards, config.scale)
             self.loader = PatchLoader(
-                self.data,
-                share,
+                *(self.data, samples),
                 rank=ranks.rank,
                 world_size=ranks.world_size,
                 threads=config.workers,
@@ -150,26 +151,26 @@ class Run:
             )
         self.identity = dataset_identity(self.data.shards.index, config.scale)
         valid = "" if self.valid is None else dataset_identity(self.valid.shards.index, config.scale)
-        self.valid_name = going_on.short(valid)  # what scores are kept by
-        ranks.agree("datasets", f"--shards {self.identity}\n--valid-shards {valid or 'none'}")
+        self.valid_name = resuming.short_id(valid)  # what scores are kept by
+        ranks.require_equal("datasets", f"--shards {self.identity}\n--valid-shards {valid or 'none'}")
         self.state = new_state(config, ranks)
         self.saved: tuple[Path | None, float] = (None, time.monotonic())  # the newest checkpoint here, and since when
         self.failure: Exception | None = None  # of what the other ranks do not do, until they hear of it
-        with ranks.united():
-            remarks = self.restore(origin, allow_other_dataset)
-        ranks.agree("weights, moments and iteration", digest(self.state, self.place))
+        with ranks.fail_together():
+            remarks = self.restore(point, allow_other_dataset)
+        ranks.require_equal("weights, moments and iteration", digest(self.state, self.position))
         (undecided,) = ranks.any_of(self.state.micro_batch is None)  # they decide together, though GPUs may differ
         if undecided:
             # Without a GPU, a process that asks for too much is killed; nothing is raised that could be caught.
             self.state.micro_batch = choose_micro_batch(self.state, config, ranks, ranks.device.type == "cuda")
         assert self.state.micro_batch is not None
 
-        with ranks.united():
+        with ranks.fail_together():
             if ranks.first:
                 (self.out / "finished").unlink(missing_ok=True)
                 write_atomically(self.out / "config.toml", to_toml(config).encode())
-            self.progress = Progress(config, ranks, self.state.iteration, stop)
-        network, parts = self.state.network, -(-share // self.state.micro_batch)
+            self.reporter = Reporter(config, ranks, self.state.iteration, stop)
+        network, parts = self.state.network, -(-samples // self.state.micro_batch)
         for line in [
             *remarks,
             f"{config.model} x{config.scale}: {network.parameter_count():,} parameters, "
@@ -179,9 +180,9 @@ class Run:
             f"(ranks: {ranks.world_size}, micro-batches: {parts}, samples in each: {self.state.micro_batch}); "
             f"{self.state.iteration} iterations done",
         ]:
-            self.progress.say(line)
+            self.reporter.note(line)
 
-    def restore(self, origin: Origin, allow_other_dataset: bool) -> list[str]:
+    def restore(self, point: ResumePoint, allow_other_dataset: bool) -> list[str]:
         """Go on from where the run was, if it was anywhere; gives what is to be said about it."""
         stream = {
             "scale": self.config.scale,
@@ -189,17 +190,17 @@ class Run:
             "augment": self.data.augment,
             "datasets": [self.identity],
         }
-        self.place: dict[str, Any] = stream | self.loader.state_dict()  # of the next step
-        remarks = [*origin.remarks, *going_on.changes(origin, self.config)]
-        if origin.path is None:
+        self.position: dict[str, Any] = stream | self.loader.state_dict()  # of the next step
+        remarks = [*point.remarks, *resuming.changed_since(point, self.config)]
+        if point.path is None:
             return remarks
-        path = Path(origin.path)
+        path = Path(point.path)
         try:
-            place = from_checkpoint(origin.content, self.state, self.config, self.ranks)
-            self.place, said = going_on.follow(place, self.place, allow_other_dataset)
+            place = from_checkpoint(point.content, self.state, self.config, self.ranks)
+            self.position, said = resuming.continue_stream(place, self.position, allow_other_dataset)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        self.loader.load_state_dict(self.loader.state_dict() | {"sample": self.place["sample"]})
+        self.loader.load_state_dict(self.loader.state_dict() | {"sample": self.position["sample"]})
         self.saved = (path, time.monotonic())
         return [*remarks, *said]
 
@@ -211,15 +212,15 @@ class Run:
 
     def save(self) -> Path:
         """Write a checkpoint, unless this iteration has one."""
-        path = self.checkpoints / saving.name_of(self.state.iteration)
+        path = self.checkpoints / saving.checkpoint_name(self.state.iteration)
         if self.saved[0] != path:
-            content = to_checkpoint(self.state, self.place, self.config, self.ranks)
+            content = to_checkpoint(self.state, self.position, self.config, self.ranks)
             saving.save(path, content, self.config.keep)
             self.saved = (path, time.monotonic())
         return path
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def defer_errors(self) -> Iterator[None]:
         """In which the first rank does what the others do not: an error ends all of them, when they meet again."""
         try:
             yield
@@ -230,32 +231,32 @@ class Run:
         """Score the averaged weights and draw pictures; if asked to stop meanwhile, leave it to the resumed run."""
         assert self.valid is not None
         if self.ranks.first:
-            with self.alone():
+            with self.defer_errors():
                 self.save()  # whatever becomes of the validation
         bicubic: Scores | None = None
-        if self.ranks.decide(not self.progress.has("bicubic_psnr_y", self.valid_name)):
+        if self.ranks.broadcast_flag(not self.reporter.has_score("bicubic_psnr_y", self.valid_name)):
             bicubic = bicubic_scores(self.valid, self.ranks, self.stop)
-        scores = network_scores(self.state.ema, self.valid, self.ranks, self.stop, self.progress.say)
+        scores = network_scores(self.state.ema, self.valid, self.ranks, self.stop, self.reporter.note)
         if scores is None or not self.ranks.first or self.failure:
             return
-        with self.alone():
-            if scores.psnr_y > self.progress.best(self.valid_name):
-                saving.name_also(self.save(), saving.BEST)
+        with self.defer_errors():
+            if scores.psnr_y > self.reporter.best_psnr(self.valid_name):
+                saving.link_as(self.save(), saving.BEST)
             draw_sheet(self.state.ema, self.valid, self.ranks, self.out / "samples" / f"{self.state.iteration:08d}.png")
-            self.progress.report_scores(self.state.iteration, self.valid_name, scores, bicubic)
-            write_curves(self.progress.log, self.out / "curves.png")
+            self.reporter.report_scores(self.state.iteration, self.valid_name, scores, bicubic)
+            write_curves(self.reporter.log, self.out / "curves.png")
 
-    def fetch(self, stream: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+    def fetch(self, stream: Iterator[Batch]) -> Batch | None:
         """Wait for this rank's share of the next step; None if there is none to take, or it cannot be had."""
         if self.stop or self.failure or self.state.iteration >= self.config.iterations:
             return None
         asked, batch = time.perf_counter(), None
-        with self.alone():
+        with self.defer_errors():
             batch = next(stream)
-        self.progress.waited += time.perf_counter() - asked
+        self.reporter.wait_seconds += time.perf_counter() - asked
         return batch
 
-    def step(self, batch: tuple[Tensor, Tensor]) -> None:
+    def step(self, batch: Batch) -> None:
         """Take one step; one that is not finite is skipped and told, and too many in a row are an error."""
         try:
             losses = train_step(self.state, batch, self.config, self.ranks)
@@ -263,11 +264,11 @@ class Run:
             if not is_out_of_memory(error):
                 raise
             raise TrainingError(
-                f"iteration {self.state.iteration + 1}: {too_large(self.state.micro_batch, self.config)}"
+                f"iteration {self.state.iteration + 1}: {out_of_memory_message(self.state.micro_batch, self.config)}"
             ) from error
-        first, self.place = self.place["sample"], self.place | self.loader.state_dict()
+        first, self.position = self.position["sample"], self.position | self.loader.state_dict()
         if losses is not None:
-            self.progress.add(losses)
+            self.reporter.add_step(losses)
             return
         last, in_row = first + self.config.batch_size - 1, self.state.skipped_in_row
         text = (
@@ -275,49 +276,49 @@ class Run:
         )
         if in_row > self.config.max_skipped:
             text += f"; {in_row} steps in a row, expected at most {self.config.max_skipped}"
-            self.ranks.settle(TrainingError(text))  # in all of them alike
-        self.progress.say(f"{text}; skipped, {self.state.skipped} steps so far")
+            self.ranks.raise_together(TrainingError(text))  # in all of them alike
+        self.reporter.note(f"{text}; skipped, {self.state.skipped} steps so far")
 
     def go(self) -> None:
         """Train until all iterations are done, or until asked to stop; then save."""
-        config, state, progress, ranks = self.config, self.state, self.progress, self.ranks
+        config, state, reporter, ranks = self.config, self.state, self.reporter, self.ranks
         stream = iter(self.loader)
         while True:
             wanted = self.valid is not None and self.due(config.validate_every)
-            if wanted and ranks.decide(not progress.has("psnr_y", self.valid_name, state.iteration)):
-                with progress.pause():
+            if wanted and ranks.broadcast_flag(not reporter.has_score("psnr_y", self.valid_name, state.iteration)):
+                with reporter.untimed():
                     self.validate()
             batch = self.fetch(stream)
             stopping, failing = ranks.any_of(bool(self.stop), self.failure is not None)
             if failing:
-                ranks.settle(self.failure)
+                ranks.raise_together(self.failure)
             if stopping or batch is None:
                 break
             self.step(batch)
-            with self.alone():
+            with self.defer_errors():
                 if any(self.due(n) for n in (config.log_every, config.validate_every, config.checkpoint_every)):
-                    progress.report(state.iteration, learning_rate(state.iteration - 1, config))
+                    reporter.report(state.iteration, learning_rate(state.iteration - 1, config))
                 late = time.monotonic() - self.saved[1] > 60 * config.checkpoint_minutes
                 if ranks.first and (late or self.due(config.checkpoint_every)):
-                    with progress.pause():
+                    with reporter.untimed():
                         self.save()
         last = self.checkpoints / saving.LAST
         if ranks.first:
             self.save()
         if stopping:
             why = self.stop.signal or "a signal to another rank"
-            progress.say(f"stopped by {why} after iteration {state.iteration}, saved in {last}; --resume auto goes on")
+            reporter.note(f"stopped by {why} after iteration {state.iteration}, saved in {last}; --resume auto goes on")
         else:
             if ranks.first:
                 (self.out / "finished").touch()
-            progress.say(f"finished: {state.iteration} iterations, {last}")
-        progress.close()
-        if progress.lost is not None:
-            raise progress.lost
+            reporter.note(f"finished: {state.iteration} iterations, {last}")
+        reporter.close()
+        if reporter.output_error is not None:
+            raise reporter.output_error
 
 
 @click.command(cls=UnixCommand)
-@options
+@setting_options
 @click.option("--resume", help="Checkpoint to go on from; auto: OUT's newest whole one, if there is one.")
 @click.option("--allow-other-dataset", is_flag=True, help="Go on from a checkpoint with other samples to learn from.")
 @click.pass_context
@@ -326,18 +327,18 @@ def main(context: click.Context, /, resume: str | None, allow_other_dataset: boo
 
     With --resume, settings that are not given are those of the checkpoint, and paths those of OUT/config.toml.
     """
-    chosen = given(context, values)
-    out = going_on.folder_of(chosen, resume)
+    chosen = given_settings(context, values)
+    out = resuming.run_folder(chosen, resume)
     try:
-        device = going_on.local_device(out, chosen, resume)
-        with stop_request() as stop, joined(device) as ranks, started(out, chosen, resume, ranks) as (config, origin):
-            Run(config, origin, ranks, stop, allow_other_dataset=allow_other_dataset).go()
+        device = resuming.device_name(out, chosen, resume)
+        with stop_request() as stop, join_ranks(device) as ranks, open_run(out, chosen, resume, ranks) as run:
+            Run(*run, ranks, stop, allow_other_dataset=allow_other_dataset).go()
     except click.ClickException:
         raise
-    except (*FAILURES, TrainingError) as error:
+    except FAILURES as error:
         if isinstance(error, OSError) and error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC):
             raise  # standard output's, which UnixCommand sees to
-        raise click.ClickException(told(error)) from error
+        raise click.ClickException(describe_error(error)) from error
 
 
 if __name__ == "__main__":

@@ -24,15 +24,14 @@ from typing import Any
 import click
 
 from loader.system.safefile import write_atomically
-from model.evaluate.curves import can_draw, finish, plot
+from model.evaluate.curves import can_draw, finish_axis, plot_curve
+from model.run_log import BICUBIC, LOG, VALID, read_log, score_of
 from model.shufflemixer import ShuffleMixer, ShuffleMixerConfig
-from model.training import sources
-from model.training.progress import LOG, VALID, read_log, score_of
+from model.training import settings_io
 
 TRAINER = Path(__file__).resolve().parent.parent / "train.py"
 KERNEL_SIZES = (3, 5, 7)
 SCORES = ("psnr_y", "ssim_y", "psnr_rgb")
-BICUBIC = "bicubic"
 HEADER = (
     "| variant | what differs | parameters | GMACs | PSNR-Y | SSIM-Y | PSNR-RGB | PSNR-Y − full | s/step |\n"
     "|---|---|--:|--:|--:|--:|--:|--:|--:|"
@@ -90,9 +89,9 @@ def choose(available: Sequence[Variant], names: str | None) -> list[Variant]:
 def network_of(flags: Sequence[str]) -> ShuffleMixerConfig:
     """Give the network that train.py trains with these flags; click.UsageError for flags that it would refuse."""
 
-    @sources.options
+    @settings_io.setting_options
     def build(**values: Any) -> ShuffleMixerConfig:
-        return sources.resolve(sources.given(click.get_current_context(), values), {}, {}).network
+        return settings_io.resolve(settings_io.given_settings(click.get_current_context(), values), {}, {}).network
 
     lenient = {"ignore_unknown_options": True, "allow_extra_args": True}  # flags that are no settings
     command = click.command("train.py", context_settings=lenient)(build)
@@ -107,7 +106,7 @@ def summarise(
     entries = list(log)
     validated = [entry for entry in entries if "psnr_y" in entry]
     last = validated[-1] if validated and validated[-1]["iteration"] == iterations and not failure else None
-    baselines = [entry for entry in entries if f"{BICUBIC}_psnr_y" in entry]
+    baselines = [entry for entry in entries if BICUBIC + "psnr_y" in entry]
     same = [entry for entry in baselines if validated and entry.get(VALID) == validated[-1].get(VALID)]
     baseline = next(iter(same or baselines), None)  # of the images that the scores are of
     steps = [entry["seconds_per_step"] for entry in entries if "seconds_per_step" in entry]
@@ -117,7 +116,7 @@ def summarise(
         network.multiply_accumulates(),
         {entry["iteration"]: score_of(entry["psnr_y"]) for entry in validated},
         {name: score_of(last[name]) for name in SCORES} if last else None,
-        {name: score_of(baseline[f"{BICUBIC}_{name}"]) for name in SCORES} if baseline else None,
+        {name: score_of(baseline[BICUBIC + name]) for name in SCORES} if baseline else None,
         statistics.median(steps) if steps else None,
         failure,
     )
@@ -146,7 +145,7 @@ def table(title: str, results: Sequence[Result]) -> str:
         rows.append("| " + " | ".join([result.variant.name, differs, *size, *scores, step]) + " |")
     if bicubic := bicubic_of(results):
         psnr_y, ssim_y, psnr_rgb = (bicubic[name] for name in SCORES)
-        rows.append(f"| {BICUBIC} | no network | – | – | {psnr_y:.3f} | {ssim_y:.4f} | {psnr_rgb:.3f} | – | – |")
+        rows.append(f"| bicubic | no network | – | – | {psnr_y:.3f} | {ssim_y:.4f} | {psnr_rgb:.3f} | – | – |")
     notes = (
         "GMACs are for an HR image of 1280 x 720; scores are means over the validation set, of the averaged weights;\n"
         "s/step is the median of the log's intervals. One seed each: small differences may be chance."
@@ -163,17 +162,17 @@ def draw(title: str, results: Sequence[Result]) -> bytes:
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for number, result in enumerate(results):
-        plot(axis, result.curve, result.variant.name, f"C{number}")
+        plot_curve(axis, result.curve, result.variant.name, f"C{number}")
     if (bicubic := bicubic_of(results)) and math.isfinite(bicubic["psnr_y"]):
-        axis.axhline(bicubic["psnr_y"], color="0.4", linestyle="--", label=BICUBIC)
+        axis.axhline(bicubic["psnr_y"], color="0.4", linestyle="--", label="bicubic")
     axis.set(title=title, ylabel="PSNR-Y in dB, validation")
-    finish(axis, legend=True)
+    finish_axis(axis, legend=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 
-class Runs:
+class CommandRunner:
     """Runs commands one after another; a signal to end goes on to the one that runs, which then saves."""
 
     def __init__(self) -> None:
@@ -259,7 +258,7 @@ def main(
         write_atomically(out / "table.md", (table(title, results) + command).encode())
         return results
 
-    run = Runs()
+    run = CommandRunner()
     results = report()
     for variant in chosen:
         failure = train_variant(out / variant.name, [*common, *length, *variant.flags], iterations, run)

@@ -8,36 +8,25 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from loader.errors import ShardsError, one_line
 from loader.system.safefile import read_named, write_atomically
+from model.run_log import LOG, VALID, iteration_in, number_in, read_records
 from prep.console.paths import GivenPath
 from prep.console.unix import UnixCommand
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LOG = "metrics.jsonl"
-MAX_LOG = 1 << 26  # bytes; a line has some 300
-MAX_LINE = 1 << 16
-LARGEST = 1 << 53  # of an iteration: exact as a double
 KINDS = (".png", ".pdf", ".svg")
 Points = Mapping[int, float]
-
-
-class CurvesError(ShardsError):
-    """A log that cannot be drawn, in one line: which, where, what was expected and what was got."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(one_line(text))
 
 
 @dataclass(frozen=True)
@@ -54,61 +43,28 @@ def read_curves(log: Path) -> Curves:
 
     Scores on different datasets (`valid`) make no curve together: those on the last one count.
     Lines that a killed run left half-written are passed over, also where a resumed run went on after them. Raises
-    CurvesError for a file without a single record, and for values that are no numbers; OSError if it cannot be read.
+    LogError for a file without a single record, and for values that are no numbers; OSError if it cannot be read.
     """
     loss: dict[int, float] = {}
     scores: dict[str, dict[int, float]] = {}  # by dataset
-    bicubic: dict[str, float | None] = {}
+    bicubic: dict[str, float] = {}
     valid = ""
-    data, found = read_named(log, MAX_LOG), False
-    for number, line in enumerate(io.BytesIO(data), start=1):
-        record = _record(line)
-        if record is None:
-            continue
-        found = True
+    for line, record in read_records(log, read_named):
+        where = f"{log}: line {line}"
         if "psnr_y" in record or "bicubic_psnr_y" in record:
-            valid = str(record.get("valid"))[:64]
-        bicubic[valid] = _number(log, number, record, "bicubic_psnr_y", bicubic.get(valid))
+            valid = str(record.get(VALID))[:64]
+        if (score := number_in(record, "bicubic_psnr_y", where)) is not None:
+            bicubic[valid] = score
         for key, points in (("loss", loss), ("psnr_y", scores.setdefault(valid, {}))):
-            value = _number(log, number, record, key, None)
-            if value is not None:
-                iteration = record.get("iteration")
-                if type(iteration) is not int or not -LARGEST <= iteration <= LARGEST:
-                    raise CurvesError(
-                        f"{log}: line {number}: iteration: expected a whole number, got {_shown(iteration)}"
-                    )
-                points[iteration] = value
-    if not found and data.strip():
-        raise CurvesError(f"{log}: expected lines of JSON objects, got none")
+            if (value := number_in(record, key, where)) is not None:
+                points[iteration_in(record, where)] = value
     return Curves(dict(sorted(loss.items())), dict(sorted(scores.get(valid, {}).items())), bicubic.get(valid))
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line) if len(line) <= MAX_LINE else None
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _number(log: Path, line: int, record: Mapping[str, Any], key: str, default: float | None) -> float | None:
-    value = record.get(key)
-    if value is None:
-        return default
-    if type(value) is float or (type(value) is int and -LARGEST <= value <= LARGEST):
-        return float(value)
-    raise CurvesError(f"{log}: line {line}: {key}: expected a number, got {_shown(value)}")
-
-
-def _shown(value: object) -> str:
-    """What JSON held, short; a whole number of thousands of digits has no text."""
-    return f"{value!r:.80}" if value is None or isinstance(value, bool | float | str) else f"a {type(value).__name__}"
 
 
 def write_curves(log: Path, path: Path) -> bool:
     """Draw the curves of one run to the file `path`, replacing it whole; False if matplotlib is not installed.
 
-    Raises CurvesError and OSError as `read_curves` does, and OSError where the file cannot be written.
+    Raises LogError and OSError as `read_curves` does, and OSError where the file cannot be written.
     """
     if not can_draw():
         return False
@@ -131,8 +87,8 @@ def draw(runs: Mapping[str, Curves], kind: str) -> bytes:
     left, right = figure.subplots(1, 2)
     for number, (label, curves) in enumerate(runs.items()):
         colour = f"C{number}"
-        plot(left, curves.loss, label, colour)
-        plot(right, curves.psnr, label, colour)
+        plot_curve(left, curves.loss, label, colour)
+        plot_curve(right, curves.psnr, label, colour)
     baselines = {label: curves.bicubic for label, curves in runs.items() if _finite(curves.bicubic)}
     if len(set(baselines.values())) == 1:
         right.axhline(next(iter(baselines.values())), color="0.4", linestyle="--", label="bicubic")
@@ -147,13 +103,13 @@ def draw(runs: Mapping[str, Curves], kind: str) -> bytes:
         left.yaxis.set_minor_formatter("{x:g}")
     right.set(title="Validation PSNR on Y", ylabel="dB")
     for axis, several in ((left, len(runs) > 1), (right, True)):
-        finish(axis, several)
+        finish_axis(axis, several)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=110)
     return buffer.getvalue()
 
 
-def plot(axis: Axes, points: Points, label: str, colour: str) -> None:
+def plot_curve(axis: Axes, points: Points, label: str, colour: str) -> None:
     """Draw one curve, with marks where there are few points; numbers that are not finite leave gaps."""
     if points:
         values = [value if math.isfinite(value) else math.nan for value in points.values()]
@@ -161,7 +117,7 @@ def plot(axis: Axes, points: Points, label: str, colour: str) -> None:
         axis.plot(list(points), values, color=colour, label=label, marker=marker, linewidth=1.5)
 
 
-def finish(axis: Axes, legend: bool) -> None:
+def finish_axis(axis: Axes, legend: bool) -> None:
     """Add grid, legend and the lower label; say so where there is nothing to draw."""
     axis.set_xlabel("iteration")
     axis.grid(alpha=0.3)
@@ -194,7 +150,7 @@ def main(runs: tuple[Path, ...], out: Path) -> None:
     try:
         logs = [run / LOG if run.is_dir() else run for run in runs]
         if out.resolve() in {log.resolve() for log in logs}:
-            raise CurvesError(f"{out}: expected another file than those that are read")
+            raise ShardsError(f"{out}: expected another file than those that are read")
         curves = [read_curves(log) for log in logs]
         labels = [label.replace("$", r"\$") for label in map(one_line, _labels(runs))]
         data = draw(dict(zip(labels, curves, strict=True)), out.suffix.lower().removeprefix("."))

@@ -10,29 +10,29 @@ from model.training.settings import Config
 SPARE = 0.03  # of a GPU's memory: allocations of other kinds, and fragmentation, come later
 
 
-def largest_part(share: int, fits: Callable[[int], bool]) -> int:
-    """The largest micro-batch that fits, of those that cut a share into the fewest, nearly equal parts.
+def largest_micro_batch(samples: int, fits: Callable[[int], bool]) -> int:
+    """The largest micro-batch that fits, of those that cut a samples into the fewest, nearly equal parts.
 
     `fits` must hold for all sizes below one for which it holds. Raises MemoryError if not even one sample fits.
     """
     few, many = 0, 1  # so many parts are too few, and so many may do
-    while not fits(-(-share // many)):
-        if many >= share:
+    while not fits(-(-samples // many)):
+        if many >= samples:
             raise MemoryError(
                 "expected memory for one sample at least; smaller --lr-patch or --activation-checkpointing"
             )
-        few, many = many, min(2 * many, share)
+        few, many = many, min(2 * many, samples)
     while many - few > 1:
         middle = (few + many) // 2
-        if fits(-(-share // middle)):
+        if fits(-(-samples // middle)):
             many = middle
         else:
             few = middle
-    return -(-share // many)
+    return -(-samples // many)
 
 
-def tried(step: Callable[[int], None], device: torch.device) -> Callable[[int], bool]:
-    """Make a test for `largest_part` of a step that takes a number of samples: it is done, to see whether it fits."""
+def fits_in_memory(step: Callable[[int], None], device: torch.device) -> Callable[[int], bool]:
+    """Return a predicate for `largest_micro_batch`: it runs a step of so many samples to see if it fits."""
 
     def fits(samples: int) -> bool:
         try:
@@ -63,7 +63,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
-def too_large(micro_batch: int | None, config: Config) -> str:
+def out_of_memory_message(micro_batch: int | None, config: Config) -> str:
     """Say what did not fit, and what may."""
     return (
         f"out of memory for {micro_batch} samples of {config.lr_patch} × {config.lr_patch} LR pixels at once, in "

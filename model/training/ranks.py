@@ -14,16 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 from loader.errors import ShardsError, one_line
 from model.checkpoints import CheckpointError
 from model.device import pick_device
-from model.training.sources import SettingsError
 from model.training.threads import own_cores, share_cores
 
 
-class RanksError(Exception):
+class RanksError(ShardsError):
     """Ranks that do not agree, or of which one failed: the message says which, and why."""
 
 
 # What may happen to a run; all else is a mistake in the program, and shows where it was made.
-FAILURES = (ShardsError, CheckpointError, SettingsError, RanksError, click.ClickException, MemoryError, OSError)
+FAILURES = (ShardsError, CheckpointError, click.ClickException, MemoryError, OSError)
 
 
 @dataclass(frozen=True)
@@ -47,18 +46,18 @@ class Ranks:
         distributed.all_reduce(together, distributed.ReduceOp.MAX)
         return tuple(bool(one) for one in together.tolist())
 
-    def decide(self, flag: bool) -> bool:
+    def broadcast_flag(self, flag: bool) -> bool:
         """Give the first rank's flag to all."""
         return self.any_of(self.first and flag)[0]
 
-    def total(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor) -> Tensor:
         """Add up the tensors of all ranks, on this rank's device."""
         values = values.to(self.device, copy=True)
         if self.world_size > 1:
             distributed.all_reduce(values)
         return values
 
-    def least(self, value: int) -> int:
+    def minimum(self, value: int) -> int:
         """The smallest of all ranks' numbers."""
         together = torch.tensor(value, device=self.device)
         if self.world_size > 1:
@@ -91,7 +90,7 @@ class Ranks:
         return _bytes(tensor)
 
     @contextmanager
-    def united(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """In which to do what may fail in some ranks, and must not leave others waiting: then all of them end.
 
         The first rank raises its own error, or a RanksError that gives another's; the others end without a word. In
@@ -104,11 +103,11 @@ class Ranks:
             if self.world_size == 1:
                 raise
             failure = error
-        self.settle(failure)
+        self.raise_together(failure)
 
-    def settle(self, failure: Exception | None) -> None:
-        """End all ranks if one of them failed, as `united` does; all must call it."""
-        texts = self.gather("" if failure is None else told(failure))
+    def raise_together(self, failure: Exception | None) -> None:
+        """End all ranks if one of them failed, as `fail_together` does; all must call it."""
+        texts = self.gather("" if failure is None else describe_error(failure))
         if not any(texts):
             return
         if self.first:
@@ -116,7 +115,7 @@ class Ranks:
             raise failure or RanksError(f"rank {rank}: {text}")
         raise SystemExit(getattr(failure, "exit_code", 1)) from failure
 
-    def agree(self, what: str, text: str) -> None:
+    def require_equal(self, what: str, text: str) -> None:
         """End all ranks with a RanksError by the first, unless all give the same text, of one line or more."""
         texts = self.gather(text)
         for rank, other in enumerate(texts):
@@ -125,24 +124,24 @@ class Ranks:
             ours, theirs = (one.split("\n") for one in (texts[0], other))
             a, b = next((a, b) for a, b in zip([*ours, "nothing"], [*theirs, "nothing"], strict=False) if a != b)
             failure = RanksError(f"{what}: expected the same in all ranks, got {a} in rank 0 and {b} in rank {rank}")
-            self.settle(failure)
+            self.raise_together(failure)
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """Let a network's gradients be the mean over all ranks, once `backward` has ended."""
         if self.world_size == 1:
             return network
-        give_strides(network)
+        match_gradient_strides(network)
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
 
-    def together(self, network: nn.Module, last: bool) -> AbstractContextManager[None]:
+    def gradient_sync(self, network: nn.Module, last: bool) -> AbstractContextManager[None]:
         """In which to compute a part of a step: gradients are exchanged once, with the last part."""
         if isinstance(network, DistributedDataParallel) and not last:
             return network.no_sync()
         return nullcontext()
 
 
-def give_strides(network: nn.Module) -> None:
+def match_gradient_strides(network: nn.Module) -> None:
     """Give gradients their weights' strides where they differ along sides of 1: DDP's buckets have them, and it warns.
 
     Which ones a gradient comes with depends on the device's kernels; along longer sides torch sees to it itself.
@@ -161,7 +160,7 @@ def give_strides(network: nn.Module) -> None:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
+def join_ranks(device: str) -> Iterator[Ranks]:
     """Take the place that RANK, LOCAL_RANK and WORLD_SIZE say, as torchrun sets them; without, be the only process.
 
     `device` is as for `pick_device`, "auto" and "cuda" being the GPU of the local rank. Raises click.BadParameter for
@@ -180,7 +179,7 @@ def joined(device: str) -> Iterator[Ranks]:
         share_cores(ranks.rank, ranks.gather(own_cores()))
         yield ranks
     except RuntimeError as error:
-        if not _is_loss(error):
+        if not _is_lost_rank(error):
             raise
         raise click.ClickException(f"rank {ranks.rank}: lost the other ranks; one that failed says why") from error
     finally:
@@ -202,7 +201,7 @@ def local_device(name: str, local: int) -> torch.device:
     return device
 
 
-def told(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Say in one line what an error says."""
     if isinstance(error, click.ClickException):
         return one_line(error.format_message())
@@ -220,7 +219,7 @@ def _meet(device: str, local: int) -> Ranks:
     try:
         place = local_device(device, local)
     except click.ClickException as error:
-        problem = told(error)
+        problem = describe_error(error)
     store.set(f"srshards/{rank}", f"{place.type if place else ''} {problem}")
     said = [store.get(f"srshards/{number}").decode().partition(" ") for number in range(world_size)]
     for number, (kind, _, trouble) in enumerate(said):
@@ -245,7 +244,7 @@ def _number(name: str, default: int) -> int:
         raise click.UsageError(f"{name}: expected a whole number, got {os.environ[name]!r}") from None
 
 
-def _is_loss(error: RuntimeError) -> bool:
+def _is_lost_rank(error: RuntimeError) -> bool:
     """Whether an error of a collective operation comes of another rank's end."""
     text = str(error).lower()
     kind = getattr(distributed, "DistError", ())

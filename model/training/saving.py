@@ -31,12 +31,12 @@ def save(path: Path, content: Mapping[str, Any], keep: int) -> None:
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     write_atomically(path, buffer.getvalue())
-    name_also(path, LAST)
-    for old in [one for one in numbered(folder) if number_of(one) <= number_of(path)][keep:]:
+    link_as(path, LAST)
+    for old in [one for one in numbered_checkpoints(folder) if iteration_of(one) <= iteration_of(path)][keep:]:
         old.unlink(missing_ok=True)
 
 
-def name_also(path: Path, name: str) -> None:
+def link_as(path: Path, name: str) -> None:
     """Let another name in the same folder stand for a checkpoint too, by a hard link where there are such."""
     temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # a name that nobody can have prepared
     try:
@@ -50,26 +50,26 @@ def name_also(path: Path, name: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def name_of(iteration: int) -> str:
+def checkpoint_name(iteration: int) -> str:
     """The name of the checkpoint of an iteration."""
     return f"iteration-{iteration:08d}.pt"
 
 
-def number_of(path: Path) -> int:
+def iteration_of(path: Path) -> int:
     """The iteration that the name of a checkpoint says; -1 for another name."""
     match = NUMBERED.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
-def numbered(folder: Path) -> list[Path]:
+def numbered_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, newest first."""
-    found = [path for path in folder.glob("iteration-*.pt") if number_of(path) >= 0]
-    return sorted(found, key=lambda path: (number_of(path), path.name), reverse=True)
+    found = [path for path in folder.glob("iteration-*.pt") if iteration_of(path) >= 0]
+    return sorted(found, key=lambda path: (iteration_of(path), path.name), reverse=True)
 
 
-def any_in(folder: Path) -> bool:
+def has_checkpoints(folder: Path) -> bool:
     """Whether a folder holds checkpoints of a run, whole or not."""
-    return bool(numbered(folder)) or (folder / LAST).exists()
+    return bool(numbered_checkpoints(folder)) or (folder / LAST).exists()
 
 
 def read_newest(folder: Path) -> tuple[Path, Mapping[str, Any], list[str]] | None:
@@ -78,7 +78,7 @@ def read_newest(folder: Path) -> tuple[Path, Mapping[str, Any], list[str]] | Non
     Raises CheckpointError if there are some, and none is whole.
     """
     complaints: list[str] = []
-    for path in [*numbered(folder), folder / LAST]:
+    for path in [*numbered_checkpoints(folder), folder / LAST]:
         try:
             return path, read_raw(path), complaints
         except CheckpointError as error:

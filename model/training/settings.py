@@ -129,9 +129,9 @@ class Config:
             **{field.name: getattr(self, f"{field.name}_weight") for field in dataclasses.fields(LossConfig)}
         )
 
-    def share(self, ranks: int) -> int:
+    def rank_batch_size(self, world_size: int) -> int:
         """Samples of a step that each of so many ranks computes."""
-        return self.batch_size // ranks
+        return self.batch_size // world_size
 
 
 def flag(name: str) -> str:

@@ -13,7 +13,7 @@ from model.checkpoints import CheckpointError
 from model.shufflemixer import ShuffleMixer
 from model.training.ranks import Ranks
 from model.training.settings import AUTO, Config
-from model.training.sources import portable
+from model.training.settings_io import portable_settings
 from model.training.vetting import check_content
 
 ADAM_BETAS = (0.9, 0.99)
@@ -53,7 +53,7 @@ def new_state(config: Config, ranks: Ranks) -> State:
     return State(network, forward, ema, optimiser, scaler)
 
 
-def to_checkpoint(state: State, place: Mapping[str, Any], config: Config, ranks: Ranks) -> dict[str, Any]:
+def to_checkpoint(state: State, position: Mapping[str, Any], config: Config, ranks: Ranks) -> dict[str, Any]:
     """The content of a checkpoint, its weights in BasicSR's layout; `place` is that in the sample stream."""
 
     def plain(network: ShuffleMixer) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def to_checkpoint(state: State, place: Mapping[str, Any], config: Config, ranks:
         "params_ema": plain(state.ema),
         "network": asdict(config.network),
         "iteration": state.iteration,
-        "place": dict(place),
+        "place": dict(position),
         "optimiser": state.optimiser.state_dict(),
         "scaler": state.scaler.state_dict(),
         "random": torch.get_rng_state(),
@@ -72,7 +72,7 @@ def to_checkpoint(state: State, place: Mapping[str, Any], config: Config, ranks:
         "skipped_in_row": state.skipped_in_row,
         "micro_batch": state.micro_batch,
         "micro_batch_for": _memory_needs(config, ranks),
-        "config": portable(config),
+        "config": portable_settings(config),
     }
 
 
@@ -97,7 +97,7 @@ def from_checkpoint(content: Mapping[str, Any], state: State, config: Config, ra
         state.iteration = int(content["iteration"])
         state.skipped, state.skipped_in_row = int(content["skipped"]), int(content["skipped_in_row"])
         if config.micro_batch == AUTO and content["micro_batch_for"] == _memory_needs(config, ranks):
-            state.micro_batch = min(int(content["micro_batch"]), config.share(ranks.world_size))
+            state.micro_batch = min(int(content["micro_batch"]), config.rank_batch_size(ranks.world_size))
         return dict(content["place"])
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"expected a checkpoint of such a run of train.py; missing or wrong: {error}") from error
@@ -109,7 +109,7 @@ def _memory_needs(config: Config, ranks: Ranks) -> dict[str, Any]:
     return {"gpu": gpu, "network": asdict(config.network)} | {name: getattr(config, name) for name in MEMORY_SETTINGS}
 
 
-def digest(state: State, place: Mapping[str, Any]) -> str:
+def digest(state: State, position: Mapping[str, Any]) -> str:
     """SHA-256 of all that ranks must have alike before they train together: weights, moments, iteration and place."""
     content = hashlib.sha256()
     moments = state.optimiser.state_dict()["state"]
@@ -119,6 +119,6 @@ def digest(state: State, place: Mapping[str, Any]) -> str:
         content.update(name.encode())
         if isinstance(value, Tensor):
             content.update(value.detach().cpu().contiguous().numpy().tobytes())
-    numbers = state.iteration, state.skipped, state.skipped_in_row, state.scaler.state_dict(), sorted(place.items())
+    numbers = state.iteration, state.skipped, state.skipped_in_row, state.scaler.state_dict(), sorted(position.items())
     content.update(repr(numbers).encode())
     return content.hexdigest()

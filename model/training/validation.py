@@ -112,14 +112,14 @@ def _tilings(network: ShuffleMixer, device: torch.device, height: int, width: in
 def _shared(upscale: Upscaler, images: ImageDataset, ranks: Ranks, stop: StopRequest) -> Scores | None:
     scores = torch.zeros((len(images), 4), dtype=torch.float64)
     mine = range(ranks.rank, len(images), ranks.world_size)
-    with ranks.united():
+    with ranks.fail_together():
         for number, (_, one) in zip(mine, score_pairs(upscale, shard_pairs(images, mine), images.scale), strict=False):
             scores[number] = torch.tensor(astuple(one), dtype=torch.float64)
             if stop:
                 break
     if ranks.any_of(bool(stop))[0]:
         return None
-    return mean_scores(Scores(*row) for row in ranks.total(scores).tolist())
+    return mean_scores(Scores(*row) for row in ranks.sum(scores).tolist())
 
 
 def draw_sheet(network: ShuffleMixer, images: ImageDataset, ranks: Ranks, path: Path) -> None:

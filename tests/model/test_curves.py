@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 from helpers import ROOT
 
 from model.evaluate import curves
-from model.evaluate.curves import Curves, CurvesError, draw, main, read_curves, write_curves
+from model.evaluate.curves import Curves, draw, main, read_curves, write_curves
+from model.run_log import LogError
 
 
 def write_log(path: Path, *records: Any, tail: str = "") -> Path:
@@ -81,7 +82,7 @@ def test_lines_of_killed_runs_are_passed_over(tmp_path: Path) -> None:
 def test_what_is_no_log_is_refused(text: str, message: str, tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     log.write_text(text)
-    with pytest.raises(CurvesError, match=message):
+    with pytest.raises(LogError, match=message):
         read_curves(log)
     result = run(log, "--out", tmp_path / "curves.png")
     assert result.exit_code == 1

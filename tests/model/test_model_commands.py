@@ -18,6 +18,7 @@ from helpers import ROOT, photograph
 from PIL import Image as Pillow
 
 from loader.errors import ShardsError
+from model import run_log
 from model.checkpoints import load_checkpoint
 from model.enlarge import export, upscale
 from model.enlarge.export import ExportError, largest_difference
@@ -297,7 +298,7 @@ def test_logs_of_strangers(tmp_path: Path) -> None:
         assert result.exit_code == 1
         assert message in result.stderr
         assert "\x1b" not in result.stderr
-    os.truncate(log, curves.MAX_LOG + 1)
+    os.truncate(log, run_log.MAX_LOG + 1)
     assert "more than" in run(curves, log, "--out", tmp_path / "c.png").stderr
     log.unlink()
     os.mkfifo(log)

@@ -31,7 +31,7 @@ prep.info prep.imresize
 prep.commands
 prep.cli
 model
-model.config model.losses model.metrics model.device
+model.config model.losses model.metrics model.device model.run_log
 model.parts
 model.cpu
 model.shufflemixer

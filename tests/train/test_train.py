@@ -23,9 +23,9 @@ import train
 from model.checkpoints import load_checkpoint
 from model.evaluate.evaluate import main as evaluate
 from model.losses import Losses
+from model.run_log import read_log
 from model.shufflemixer import ShuffleMixer
 from model.training import saving
-from model.training.progress import read_log
 from model.training.ranks import Ranks
 from model.training.settings import Config
 from model.training.state import ADAM_BETAS, State, from_checkpoint, new_state, to_checkpoint
@@ -61,7 +61,7 @@ def config(**changes: Any) -> Config:
     return Config(**settings | changes)
 
 
-def share(samples: int, side: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(samples: int, side: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Random bytes as a rank's share of a step."""
     generator = torch.Generator().manual_seed(seed)
     lr, hr = (
@@ -74,13 +74,13 @@ def share(samples: int, side: int = 8, seed: int = 0) -> tuple[torch.Tensor, tor
 def test_average_of_weights_is_warmed_up() -> None:
     state = new_state(config(), ALONE)
     before = state.network.tail.weight.detach().clone()
-    train.train_step(state, share(1), config(), ALONE)
+    train.train_step(state, random_batch(1), config(), ALONE)
     after = state.network.tail.weight.detach()
     assert not torch.equal(before, after)
     torch.testing.assert_close(state.ema.tail.weight, before + (1 - 2 / 11) * (after - before))
     state.iteration = 10**6
     average = state.ema.tail.weight.clone()
-    train.train_step(state, share(1), config(ema_decay=0.5), ALONE)
+    train.train_step(state, random_batch(1), config(ema_decay=0.5), ALONE)
     torch.testing.assert_close(state.ema.tail.weight, (average + state.network.tail.weight.detach()) / 2)
 
 
@@ -88,7 +88,7 @@ def test_average_of_weights_is_warmed_up() -> None:
 def test_steps_learn(precision: str) -> None:
     settings = config(learning_rate=2e-3, precision=precision)
     state = new_state(settings, ALONE)
-    lr, _ = share(2)
+    lr, _ = random_batch(2)
     batch = lr, lr.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     done = [train.train_step(state, batch, settings, ALONE) for _ in range(60)]
     losses = [one.total.item() for one in done if one is not None]
@@ -103,7 +103,7 @@ def test_micro_batches_are_one_batch(micro_batch: int, recompute: bool, weights:
     settings = config(**weights)
     whole, parts = new_state(settings, ALONE), new_state(config(activation_checkpointing=recompute), ALONE)
     parts.micro_batch = micro_batch
-    a, b = (train.train_step(state, share(5), settings, ALONE) for state in (whole, parts))
+    a, b = (train.train_step(state, random_batch(5), settings, ALONE) for state in (whole, parts))
     assert a is not None
     assert b is not None
     torch.testing.assert_close(a.total, b.total)
@@ -114,21 +114,21 @@ def test_micro_batches_are_one_batch(micro_batch: int, recompute: bool, weights:
 
 @pytest.mark.parametrize(("limit", "found"), [(100, 10), (9, 5), (5, 5), (3, 3), (2, 2), (1, 1)])
 def test_micro_batch_auto_finds_what_fits(limit: int, found: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    descend = train.descend
+    add_gradients = train.add_gradients
 
     def limited(forward: Any, state: State, batch: tuple[torch.Tensor, torch.Tensor], *rest: Any) -> Losses:
         if len(batch[0]) > limit:
             raise torch.OutOfMemoryError("a limit made for this test")
-        return descend(forward, state, batch, *rest)
+        return add_gradients(forward, state, batch, *rest)
 
-    monkeypatch.setattr(train, "descend", limited)
+    monkeypatch.setattr(train, "add_gradients", limited)
     settings = config(batch_size=10, lr_patch=8, micro_batch="auto")
     state = new_state(settings, ALONE)
     before = copy.deepcopy(state.network.state_dict())
     assert train.choose_micro_batch(state, settings, ALONE, search=True) == found
     assert all(torch.equal(before[name], value) for name, value in state.network.state_dict().items())
     state.micro_batch = found
-    assert train.train_step(state, share(10), settings, ALONE) is not None
+    assert train.train_step(state, random_batch(10), settings, ALONE) is not None
     assert train.choose_micro_batch(state, settings, ALONE, search=False) == 10
     assert train.choose_micro_batch(state, config(batch_size=10, micro_batch=40), ALONE, search=True) == 10
 
@@ -157,15 +157,15 @@ def broken_network(state: State) -> None:
 
 def test_steps_that_are_not_finite_change_nothing() -> None:
     state = new_state(config(), ALONE)
-    train.train_step(state, share(2), config(), ALONE)
+    train.train_step(state, random_batch(2), config(), ALONE)
     broken_network(state)
     before = copy.deepcopy([state.network.state_dict(), state.ema.state_dict(), state.optimiser.state_dict()])
-    bright = tuple(torch.full_like(side, 255) for side in share(2))
+    bright = tuple(torch.full_like(side, 255) for side in random_batch(2))
     assert train.train_step(state, (bright[0], bright[1]), config(), ALONE) is None
     assert (state.iteration, state.skipped, state.skipped_in_row) == (2, 1, 1)
     after = [state.network.state_dict(), state.ema.state_dict(), state.optimiser.state_dict()]
     assert repr(before) == repr(after)
-    assert train.train_step(state, share(2), config(), ALONE) is not None
+    assert train.train_step(state, random_batch(2), config(), ALONE) is not None
     assert (state.iteration, state.skipped, state.skipped_in_row) == (3, 1, 0)
 
 
@@ -271,7 +271,7 @@ def test_wrong_checkpoints_are_not_resumed(run: Callable[..., Result], tmp_path:
 
 
 def test_failed_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saving.save(tmp_path / saving.name_of(1), {"params": {}}, keep=1)
+    saving.save(tmp_path / saving.checkpoint_name(1), {"params": {}}, keep=1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full(descriptor: int) -> None:
@@ -279,7 +279,7 @@ def test_failed_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        saving.save(tmp_path / saving.name_of(2), {"params": {}}, keep=1)
+        saving.save(tmp_path / saving.checkpoint_name(2), {"params": {}}, keep=1)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

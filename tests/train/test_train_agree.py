@@ -16,36 +16,36 @@ import torch
 from helpers import ROOT, build, photograph, write_image
 from trainings import Nursery, command, finish, last, start
 
+from model.run_log import read_log
 from model.training import ranks as ranks_module
 from model.training import threads
-from model.training.progress import read_log
-from model.training.ranks import FAILURES, RanksError, joined, local_device, told
+from model.training.ranks import FAILURES, RanksError, describe_error, join_ranks, local_device
 from model.training.threads import chosen_by_user, own_cores, threads_of
 
 RANK_PROGRAM = """
 import os, sys, torch
 from loader.errors import ShardsError
-from model.training.ranks import RanksError, joined
-with joined("cpu") as ranks:
+from model.training.ranks import RanksError, join_ranks
+with join_ranks("cpu") as ranks:
     texts = ["", "ü" * 1000, "x"]
     assert ranks.gather(texts[ranks.rank]) == texts[: ranks.world_size]
     assert ranks.broadcast(b"12\\0" if ranks.first else b"") == b"12\\0"
     assert ranks.broadcast(b"") == b""
-    assert ranks.decide(ranks.first) and not ranks.decide(not ranks.first)
-    ranks.agree("this", "same")
-    with ranks.united():
+    assert ranks.broadcast_flag(ranks.first) and not ranks.broadcast_flag(not ranks.first)
+    ranks.require_equal("this", "same")
+    with ranks.fail_together():
         pass
     sys.stdout.write(f"threads {torch.get_num_threads()}\\n")  # at once: ranks share the stream
     sys.stdout.flush()
     mode = sys.argv[1]
     if mode == "fail" and ranks.rank == 1:
-        with ranks.united():
+        with ranks.fail_together():
             raise ShardsError("a cable is loose")
     if mode == "fail":
-        with ranks.united():
+        with ranks.fail_together():
             pass
     if mode == "agree":
-        ranks.agree("that", f"a 1\\nb {ranks.rank}")
+        ranks.require_equal("that", f"a 1\\nb {ranks.rank}")
     if mode == "lost":
         if ranks.rank == 1:
             os._exit(7)
@@ -262,9 +262,9 @@ def test_whose_number_of_threads_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_do_not_take_each_others_cores(nursery: Nursery) -> None:
     """Two ranks that a cluster started here have half of the cores each, unless the user said otherwise."""
     code = (
-        "import os, torch\nfrom model.training.ranks import joined\ncores = len(os.sched_getaffinity(0))\n"
+        "import os, torch\nfrom model.training.ranks import join_ranks\ncores = len(os.sched_getaffinity(0))\n"
         "torch.set_num_threads(cores)\n{}\n"
-        "with joined('cpu'):\n print(torch.get_num_threads() == {})\n"
+        "with join_ranks('cpu'):\n print(torch.get_num_threads() == {})\n"
     )
     for unset, expected in (("os.environ.pop('OMP_NUM_THREADS')", "max(1, cores // 2)"), ("", "cores")):
         assert nursery.run([], code.format(unset, expected)) == [(0, "True\n")] * 2
@@ -311,7 +311,7 @@ def test_no_rank_touches_the_gpu_of_another(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
 def test_places_that_are_no_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "two")
-    with pytest.raises(click.UsageError, match=f"{name}: expected a whole number, got 'two'"), joined("cpu"):
+    with pytest.raises(click.UsageError, match=f"{name}: expected a whole number, got 'two'"), join_ranks("cpu"):
         pass
 
 
@@ -322,9 +322,9 @@ def test_errors_are_told_in_one_line() -> None:
         (lambda: click.UsageError("a\nb"), "a\\nb"),
         (lambda: RanksError("\x1b[2J"), "\\x1b[2J"),
         (lambda: OSError("x"), "x"),
-        (RanksError, "RanksError"),
+        (lambda: RanksError(""), "RanksError"),
     ]
     for make, text in cases:
         assert isinstance(make(), FAILURES)
-        assert told(make()) == text
-    assert not ranks_module._is_loss(RuntimeError("a mistake in the program"))
+        assert describe_error(make()) == text
+    assert not ranks_module._is_lost_rank(RuntimeError("a mistake in the program"))

@@ -22,10 +22,11 @@ from loader.errors import ShardsError
 from loader.system.lockfile import holder_of
 from loader.system.safefile import open_to_write
 from model.metrics import Scores
-from model.training import progress, saving
+from model.run_log import read_log, score_of
+from model.training import saving
 from model.training.lock import LOCK, locked
-from model.training.progress import Progress, read_log
 from model.training.ranks import Ranks
+from model.training.reporter import Reporter
 from model.training.settings import Config
 from model.training.stopping import StopRequest
 
@@ -35,8 +36,8 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 INFINITY = float("inf")
 
 
-def reports(folder: Path, iteration: int = 0) -> Progress:
-    return Progress(Config("s", 2, str(folder)), ALONE, iteration, StopRequest())
+def reports(folder: Path, iteration: int = 0) -> Reporter:
+    return Reporter(Config("s", 2, str(folder)), ALONE, iteration, StopRequest())
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -161,10 +162,10 @@ def test_best_is_not_written_through_a_link(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "victim").write_text("dear")
     (tmp_path / ".best.pt.part").symlink_to("victim")
     (tmp_path / "best.pt").symlink_to("victim")
-    saving.save(tmp_path / saving.name_of(1), {"x": 1}, keep=1)
+    saving.save(tmp_path / saving.checkpoint_name(1), {"x": 1}, keep=1)
     (tmp_path / ".best.pt.part").symlink_to("victim")
     for _ in range(2):
-        saving.name_also(tmp_path / saving.name_of(1), saving.BEST)
+        saving.link_as(tmp_path / saving.checkpoint_name(1), saving.BEST)
         assert torch.load(tmp_path / "best.pt", weights_only=True) == {"x": 1}
 
         def refuse(*_: object, **__: object) -> None:
@@ -172,31 +173,31 @@ def test_best_is_not_written_through_a_link(tmp_path: Path, monkeypatch: pytest.
 
         monkeypatch.setattr(os, "link", refuse)
     assert (tmp_path / "victim").read_text() == "dear"
-    saving.save(tmp_path / saving.name_of(2), {"x": 2}, keep=1)
+    saving.save(tmp_path / saving.checkpoint_name(2), {"x": 2}, keep=1)
     assert torch.load(tmp_path / "last.pt", weights_only=True) == {"x": 2}
     assert not list(tmp_path.glob(".*"))
 
 
 def test_checkpoints_are_sorted_by_number(tmp_path: Path) -> None:
     for number in (99_999_999, 100_000_000, 1_000_000_000, 5):
-        torch.save({"x": number}, tmp_path / saving.name_of(number))
+        torch.save({"x": number}, tmp_path / saving.checkpoint_name(number))
     torch.save({}, tmp_path / "iteration-x.pt")
-    assert [saving.number_of(path) for path in saving.numbered(tmp_path)] == [10**9, 10**8, 10**8 - 1, 5]
+    assert [saving.iteration_of(path) for path in saving.numbered_checkpoints(tmp_path)] == [10**9, 10**8, 10**8 - 1, 5]
     newest = saving.read_newest(tmp_path)
     assert newest is not None
     assert newest[1] == {"x": 10**9}
-    saving.save(tmp_path / saving.name_of(10**9 + 1), {}, keep=2)
-    assert [saving.number_of(path) for path in saving.numbered(tmp_path)] == [10**9 + 1, 10**9]
+    saving.save(tmp_path / saving.checkpoint_name(10**9 + 1), {}, keep=2)
+    assert [saving.iteration_of(path) for path in saving.numbered_checkpoints(tmp_path)] == [10**9 + 1, 10**9]
 
 
 def test_damaged_checkpoints_of_later_iterations_do_not_count(tmp_path: Path) -> None:
     """A run that went back behind a damaged checkpoint keeps what it saves from then on."""
     for number in (1, 2, 9):
-        saving.save(tmp_path / saving.name_of(number), {"x": number}, keep=9)
-    (tmp_path / saving.name_of(9)).write_text("damaged")
+        saving.save(tmp_path / saving.checkpoint_name(number), {"x": number}, keep=9)
+    (tmp_path / saving.checkpoint_name(9)).write_text("damaged")
     for number in (3, 4):
-        saving.save(tmp_path / saving.name_of(number), {"x": number}, keep=1)
-    assert [saving.number_of(path) for path in saving.numbered(tmp_path)] == [9, 4]
+        saving.save(tmp_path / saving.checkpoint_name(number), {"x": number}, keep=1)
+    assert [saving.iteration_of(path) for path in saving.numbered_checkpoints(tmp_path)] == [9, 4]
 
 
 def test_logs_are_json(tmp_path: Path) -> None:
@@ -206,11 +207,11 @@ def test_logs_are_json(tmp_path: Path) -> None:
     kept.report_scores(3, "b", Scores(30.0, 1.0, 31.0, 1.0))
     assert [entry.get("psnr_y", "none") for entry in lines(tmp_path)] == ["none", "none", None, 31.0]
     again = reports(tmp_path, 3)
-    assert (again.best("a"), again.best("b"), again.best("c")) == (INFINITY, 31.0, -INFINITY)
-    assert (again.has("bicubic_psnr_y", "a"), again.has("bicubic_psnr_y", "b")) == (True, False)
-    assert (again.has("psnr_y", "b", 3), again.has("psnr_y", "a", 3)) == (True, False)
+    assert (again.best_psnr("a"), again.best_psnr("b"), again.best_psnr("c")) == (INFINITY, 31.0, -INFINITY)
+    assert (again.has_score("bicubic_psnr_y", "a"), again.has_score("bicubic_psnr_y", "b")) == (True, False)
+    assert (again.has_score("psnr_y", "b", 3), again.has_score("psnr_y", "a", 3)) == (True, False)
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "psnr_y": Infinity, "valid": "a", "loss": NaN}\n')
-    assert reports(tmp_path, 3).best("a") == INFINITY  # as earlier versions wrote it
+    assert reports(tmp_path, 3).best_psnr("a") == INFINITY  # as earlier versions wrote it
     assert lines(tmp_path)[0]["psnr_y"] is None
 
 
@@ -228,7 +229,7 @@ def test_logs_are_json(tmp_path: Path) -> None:
 def test_lines_that_are_none_are_passed_over(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(text + b'\n{"iteration": 1, "valid": "a", "psnr_y": "much"}')
     assert [entry["iteration"] for entry in read_log(tmp_path / "metrics.jsonl")] == [1]
-    assert reports(tmp_path, 1).best("a") == -INFINITY
+    assert reports(tmp_path, 1).best_psnr("a") == -INFINITY
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(
@@ -353,6 +354,6 @@ def test_links_out_of_the_folder_are_not_read(training_shards: Path, tmp_path: P
 
 
 def test_tables_of_other_programs_know_the_log(tmp_path: Path) -> None:
-    assert progress.score_of(None) == INFINITY
+    assert score_of(None) == INFINITY
     values: list[Callable[[], object]] = [lambda: "x", lambda: [], lambda: float("nan")]
-    assert [progress.score_of(one()) for one in values] == [-INFINITY] * 3
+    assert [score_of(one()) for one in values] == [-INFINITY] * 3

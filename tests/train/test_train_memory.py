@@ -17,7 +17,7 @@ from model.enlarge.upscalers import network_upscaler
 from model.metrics import WINDOW
 from model.shufflemixer import ShuffleMixer
 from model.training import validation
-from model.training.memory import is_out_of_memory, tried
+from model.training.memory import fits_in_memory, is_out_of_memory
 from model.training.validation import fitting_upscaler, open_validation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,7 +59,7 @@ def test_a_step_that_does_not_fit_names_what_helps(
     for flag in ("--micro-batch", "--activation-checkpointing", "--precision", "--lr-patch"):
         assert flag in result.stderr
     assert invoke(training_shards, tmp_path / "b", "--micro-batch", 1).exit_code == 0
-    assert not tried(lambda _: (_ for _ in ()).throw(error), CPU)(1)
+    assert not fits_in_memory(lambda _: (_ for _ in ()).throw(error), CPU)(1)
 
 
 def test_memory_that_really_runs_out() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from trainings import command, finish, last, start, start_ranks
 
-from model.training.progress import read_log
+from model.run_log import read_log
 
 KEYS = ("params", "params_ema")
 

@@ -20,9 +20,9 @@ from trainings import invoke, last, resume
 
 import train
 from model.checkpoints import CheckpointError
-from model.training.resume import follow
+from model.training.resume import continue_stream
 from model.training.settings import Config
-from model.training.sources import read_settings, to_toml
+from model.training.settings_io import read_settings, to_toml
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,20 +172,20 @@ def test_another_dataset_of_equal_length_is_noticed(
 
 def test_places_are_compared() -> None:
     stream = {"scale": 2, "lr_patch": 8, "augment": True, "seed": 0, "length": 9, "datasets": ["ab" * 32], "sample": 0}
-    assert follow({**stream, "sample": 5}, stream, False) == ({**stream, "sample": 5}, [])
-    place, said = follow({"sample": 5, "seed": 0, "length": 9}, stream, False)  # of an earlier version
+    assert continue_stream({**stream, "sample": 5}, stream, False) == ({**stream, "sample": 5}, [])
+    place, said = continue_stream({"sample": 5, "seed": 0, "length": 9}, stream, False)  # of an earlier version
     assert place == {**stream, "sample": 5}
     assert "does not say which dataset" in said[0]
     for key, other in (("scale", 3), ("lr_patch", 9), ("augment", False), ("seed", 1)):
         with pytest.raises(CheckpointError, match=f"{key}: {other} there, {stream[key]} asked for"):
-            follow({**stream, key: other}, stream, True)
+            continue_stream({**stream, key: other}, stream, True)
     for key, value in (("length", 8), ("datasets", ["cd" * 32]), ("datasets", "ab" * 32), ("datasets", None)):
         with pytest.raises(CheckpointError, match="another dataset"):
-            follow({**stream, key: value}, stream, False)
-        assert len(follow({**stream, key: value}, stream, True)[1]) == 1
+            continue_stream({**stream, key: value}, stream, False)
+        assert len(continue_stream({**stream, key: value}, stream, True)[1]) == 1
     for sample in (-1, 1 << 62, 1.0, True, None, "x\x1b[2J"):
         with pytest.raises(CheckpointError, match="place: sample: expected a whole number") as caught:
-            follow({**stream, "sample": sample}, stream, False)
+            continue_stream({**stream, "sample": sample}, stream, False)
         assert str(caught.value).isprintable()
 
 

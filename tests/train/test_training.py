@@ -11,11 +11,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from model.training.memory import largest_part, peak_bytes, tried
-from model.training.progress import Progress, duration, read_log
-from model.training.ranks import Ranks, joined
+from model.run_log import read_log
+from model.training.memory import fits_in_memory, largest_micro_batch, peak_bytes
+from model.training.ranks import Ranks, join_ranks
+from model.training.reporter import Reporter, duration
 from model.training.settings import Config, learning_rate
-from model.training.sources import given, options, resolve, to_toml
+from model.training.settings_io import given_settings, resolve, setting_options, to_toml
 from model.training.stopping import StopRequest
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -27,10 +28,10 @@ def config(**changes: Any) -> Config:
 
 
 @click.command()
-@options
+@setting_options
 def show(**values: Any) -> None:
     """Print the settings that were understood."""
-    click.echo(to_toml(resolve(given(click.get_current_context(), values), {}, {})))
+    click.echo(to_toml(resolve(given_settings(click.get_current_context(), values), {}, {})))
 
 
 def shown(*flags: str) -> Any:
@@ -93,12 +94,12 @@ def test_the_largest_micro_batch_that_fits_is_found(share: int) -> None:
             tries.append(samples)
             return samples <= limit
 
-        found = largest_part(share, fits)
+        found = largest_micro_batch(share, fits)
         parts = next(n for n in range(1, share + 1) if -(-share // n) <= limit)
         assert found == -(-share // parts)
         assert len(tries) <= 2 * math.log2(share) + 2
     with pytest.raises(MemoryError, match="expected memory for one sample at least"):
-        largest_part(share, lambda _: False)
+        largest_micro_batch(share, lambda _: False)
 
 
 def test_running_out_of_memory_is_a_size_that_does_not_fit() -> None:
@@ -106,14 +107,14 @@ def test_running_out_of_memory_is_a_size_that_does_not_fit() -> None:
         if samples > 5:
             raise torch.OutOfMemoryError("a limit made for this test")
 
-    assert largest_part(16, tried(step, torch.device("cpu"))) == 4
-    assert largest_part(5, tried(step, torch.device("cpu"))) == 5
+    assert largest_micro_batch(16, fits_in_memory(step, torch.device("cpu"))) == 4
+    assert largest_micro_batch(5, fits_in_memory(step, torch.device("cpu"))) == 5
 
     def fail(samples: int) -> None:
         raise RuntimeError("another error")
 
     with pytest.raises(RuntimeError, match="another error"):
-        tried(fail, torch.device("cpu"))(1)
+        fits_in_memory(fail, torch.device("cpu"))(1)
 
 
 def test_peak_memory_is_what_the_system_counts() -> None:
@@ -135,7 +136,7 @@ def test_progress_goes_to_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    progress = Progress(config(out=str(tmp_path)), ALONE, 0, StopRequest())
+    progress = Reporter(config(out=str(tmp_path)), ALONE, 0, StopRequest())
     progress.record(3, {"loss": 0.5})
     progress.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -146,7 +147,7 @@ def test_progress_goes_to_tensorboard(tmp_path: Path) -> None:
 
 def test_progress_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    progress = Progress(config(out=str(tmp_path)), ALONE, 0, StopRequest())
+    progress = Reporter(config(out=str(tmp_path)), ALONE, 0, StopRequest())
     progress.record(3, {"loss": 0.5})
     progress.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -157,9 +158,9 @@ def test_durations() -> None:
 
 
 def test_alone_there_is_nothing_to_agree_on() -> None:
-    with joined("cpu") as ranks:
+    with join_ranks("cpu") as ranks:
         assert ranks.any_of(True, False) == (True, False)
-        assert ranks.least(3) == 3
+        assert ranks.minimum(3) == 3
         values = torch.ones(2)
-        assert torch.equal(ranks.total(values), values)
+        assert torch.equal(ranks.sum(values), values)
         assert ranks.first

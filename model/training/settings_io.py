@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from loader.errors import one_line
+from loader.errors import ShardsError, one_line
 from loader.system.safefile import read_named
 from model.training.settings import LOCAL, PATHS, REQUIRED, Config, MicroBatch, flag
 
@@ -28,11 +28,11 @@ LIMIT = 1 << 20  # bytes of a file of settings
 CHOSEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
-class SettingsError(Exception):
+class SettingsError(ShardsError):
     """Settings that cannot be used: the message says which, what was expected and what was got."""
 
 
-def options(command: Command) -> Command:
+def setting_options(command: Command) -> Command:
     """Give a command a flag for every setting, `--config` and `--unset`; `given` makes sense of what it receives."""
     for field in reversed(FIELDS.values()):
         spelling, shown = flag(field.name), field.default not in (REQUIRED, None)
@@ -56,7 +56,7 @@ def options(command: Command) -> Command:
     )
 
 
-def given(context: click.Context, values: Settings) -> dict[str, Any]:
+def given_settings(context: click.Context, values: Settings) -> dict[str, Any]:
     """Return the settings that the command line or `--config` gives, those that `--unset` names as their defaults.
 
     `values` is what a command with `options` was called with. Raises click.UsageError for a setting that is both set
@@ -91,7 +91,7 @@ def resolve(chosen: Settings, stored: Settings, local: Settings) -> Config:
         raise click.UsageError(one_line(str(error))) from error
 
 
-def differences(stored: Settings, config: Config) -> list[str]:
+def changed_settings(stored: Settings, config: Config) -> list[str]:
     """Name the settings that differ from those stored with a run, old → new; a setting it lacks had its default."""
     return [
         f"{flag(name)}: {_shown(stored.get(name, field.default))} → {_shown(getattr(config, name))}"
@@ -100,12 +100,12 @@ def differences(stored: Settings, config: Config) -> list[str]:
     ]
 
 
-def portable(config: Config) -> dict[str, Any]:
+def portable_settings(config: Config) -> dict[str, Any]:
     """Return the settings that a checkpoint holds: all but those of a place."""
     return {name: value for name, value in asdict(config).items() if name not in LOCAL}
 
 
-def checked(values: Settings, where: str) -> dict[str, Any]:
+def checked_settings(values: Settings, where: str) -> dict[str, Any]:
     """Return settings from a file, each of a known name and of its type; paths decoded. SettingsError for others."""
     settled = {}
     for name, value in values.items():
@@ -131,7 +131,7 @@ def read_settings(path: Path, read: Callable[[Path, int], bytes] = read_named) -
     except (ValueError, RecursionError) as error:  # the parser's own error, bytes that are no UTF-8, numbers too long
         reason = "tables nested too deep" if isinstance(error, RecursionError) else one_line(str(error))
         raise SettingsError(f"{one_line(str(path))}: {reason}") from error
-    return checked(values, one_line(str(path)))
+    return checked_settings(values, one_line(str(path)))
 
 
 def to_toml(config: Config) -> str:
