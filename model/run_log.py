@@ -1,7 +1,7 @@
 """The log of a training run: `metrics.jsonl` in its folder, one JSON object per line, each with its `iteration`.
 
-Lines hold losses and speed (`loss`, `seconds_per_step`, ...) or validation scores (`psnr_y`, ...) on the dataset
-`valid`. JSON has no infinity and no NaN: both are written as null.
+A record holds losses and speed (`loss`, `seconds_per_step`, ...) or validation scores (`psnr_y`, ...) on the dataset
+`valid`. Infinity and NaN, which JSON lacks, are written as null.
 """
 
 import io
@@ -16,11 +16,11 @@ from loader.errors import ShardsError, one_line
 from loader.system.safefile import open_to_write, read_member, write_atomically
 
 LOG = "metrics.jsonl"
-VALID = "valid"  # the dataset of a score: the first digits of its identity
+VALID = "valid"  # key: the dataset of a score, by its abbreviated identity
 BICUBIC = "bicubic_"  # prefix of the scores of bicubic enlargement
-MAX_LOG = 1 << 30  # bytes of a log that is read
-MAX_LINE = 1 << 16  # bytes; a line has some 300
-LARGEST = 1 << 53  # a double holds integers up to here exactly
+MAX_LOG = 1 << 30  # bytes
+MAX_LINE = 1 << 16  # bytes; lines have about 300
+LARGEST = 1 << 53  # integers beyond this are not exact as doubles
 Record = Mapping[str, Any]
 
 
@@ -32,9 +32,9 @@ class LogError(ShardsError):
 
 
 def read_records(path: Path, read: Callable[[Path, int], bytes] = read_member) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the records of a log with their line numbers, from 1; skip lines that a killed run left incomplete.
+    """Yield line numbers, from 1, and records of a log; skip other lines, such as incomplete ones of killed runs.
 
-    `read` is a function of `loader.system.safefile`. Raises LogError for a file of other lines only; OSError if it
+    `read` is a function of `loader.system.safefile`. Raises LogError if a file has text but no records; OSError if it
     cannot be read.
     """
     data, found = read(path, MAX_LOG), False
@@ -51,7 +51,7 @@ def read_records(path: Path, read: Callable[[Path, int], bytes] = read_member) -
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a run's log that have an iteration; none where there is no log.
+    """Return the records with an iteration of a run's log; an empty list if there is no log.
 
     Raises OSError if the log cannot be read.
     """
@@ -69,7 +69,7 @@ def write_log(path: Path, records: Iterable[Record]) -> None:
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Add a line to a log. OSError naming the log if it cannot be written."""
+    """Append a record to a log. OSError, naming the log, if it cannot be written."""
     data = _to_line(record).encode()
     descriptor = open_to_write(path)
     try:
@@ -82,7 +82,7 @@ def append_record(path: Path, record: Record) -> None:
 
 
 def iteration_in(record: Record, where: str) -> int:
-    """Return a record's iteration. LogError, beginning with `where`, if it has none."""
+    """Return a record's iteration. LogError, starting with `where`, if it has none."""
     value = record.get("iteration")
     if type(value) is not int or not -LARGEST <= value <= LARGEST:
         raise LogError(f"{where}: iteration: expected a whole number, got {_shown(value)}")
@@ -90,7 +90,7 @@ def iteration_in(record: Record, where: str) -> int:
 
 
 def number_in(record: Record, key: str, where: str) -> float | None:
-    """Return a number of a record, None if it is absent or null. LogError, beginning with `where`, for other types."""
+    """Return a number in a record, None if absent or null. LogError, starting with `where`, for other types."""
     value = record.get(key)
     if value is None:
         return None
@@ -100,7 +100,7 @@ def number_in(record: Record, key: str, where: str) -> float | None:
 
 
 def score_of(value: Any) -> float:
-    """Return a score of the log: infinity for null, the PSNR of equal images; -inf for what is not a number."""
+    """Return a logged score: null means infinity, the PSNR of equal images; -inf if it is not a number."""
     if value is None:
         return math.inf
     return float(value) if isinstance(value, int | float) and not math.isnan(value) else -math.inf
@@ -114,5 +114,9 @@ def _to_line(record: Record) -> str:
 
 
 def _shown(value: object) -> str:
-    """Return a JSON value as text, shortened; an integer of thousands of digits has no text."""
-    return f"{value!r:.80}" if value is None or isinstance(value, bool | float | str) else f"a {type(value).__name__}"
+    """Return a JSON value as short text; an integer of thousands of digits cannot be printed."""
+    return (
+        f"{value!r:.80}"
+        if value is None or isinstance(value, bool | float | str)
+        else f"a value of type {type(value).__name__}"
+    )

@@ -1,7 +1,7 @@
 """Curves of training runs, from their `metrics.jsonl`: `python -m model.curves RUN...`, or `write_curves` for one.
 
-Loss and PSNR-Y against iterations, networks solid, bicubic as a dashed line. matplotlib draws them, where it is
-installed (`pip install 'srshards[plots]'`); nothing here imports it before it is needed, or changes its settings.
+They show loss and PSNR-Y over iterations, with bicubic's PSNR-Y as a dashed line. Drawing needs matplotlib
+(`pip install 'srshards[plots]'`), which is imported only when used; its settings are not changed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Points = Mapping[int, float]
 
 @dataclass(frozen=True)
 class Curves:
-    """What a log says: training loss and validation PSNR-Y in dB by iteration, and bicubic's PSNR-Y if it is there."""
+    """A run's training loss and validation PSNR-Y in dB by iteration, and bicubic's PSNR-Y if known."""
 
     loss: Points
     psnr: Points
@@ -39,11 +39,14 @@ class Curves:
 
 
 def read_curves(log: Path) -> Curves:
-    """Read a run's log. Of an iteration that is there twice, as after a resume, the later line counts.
+    """Return the curves of a run's log.
 
-    Scores on different datasets (`valid`) make no curve together: those on the last one count.
-    Lines that a killed run left half-written are passed over, also where a resumed run went on after them. Raises
-    LogError for a file without a single record, and for values that are no numbers; OSError if it cannot be read.
+    Only scores on the dataset validated last are returned. If an iteration occurs twice, as after a resume, the later
+    record counts. Lines left incomplete by a killed run are skipped.
+
+    Raises:
+        LogError: the file has no records, or a value is not a number.
+        OSError: the file cannot be read.
     """
     loss: dict[int, float] = {}
     scores: dict[str, dict[int, float]] = {}  # by dataset
@@ -62,9 +65,9 @@ def read_curves(log: Path) -> Curves:
 
 
 def write_curves(log: Path, path: Path) -> bool:
-    """Draw the curves of one run to the file `path`, replacing it whole; False if matplotlib is not installed.
+    """Draw the curves of one run and write them to `path`, atomically; return False if matplotlib is not installed.
 
-    Raises LogError and OSError as `read_curves` does, and OSError where the file cannot be written.
+    Raises LogError and OSError as `read_curves` does, and OSError if the file cannot be written.
     """
     if not can_draw():
         return False
@@ -73,12 +76,12 @@ def write_curves(log: Path, path: Path) -> bool:
 
 
 def can_draw() -> bool:
-    """Tell whether matplotlib is installed."""
+    """Return True if matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(runs: Mapping[str, Curves], kind: str) -> bytes:
-    """Draw runs, by label, over each other; give the bytes of a file of that kind ("png", "pdf" or "svg")."""
+    """Draw the curves of runs, by label, and return the bytes of a file of that kind ("png", "pdf" or "svg")."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -110,7 +113,7 @@ def draw(runs: Mapping[str, Curves], kind: str) -> bytes:
 
 
 def plot_curve(axis: Axes, points: Points, label: str, colour: str) -> None:
-    """Draw one curve, with marks where there are few points; numbers that are not finite leave gaps."""
+    """Draw one curve, with markers if it has few points and gaps at non-finite values."""
     if points:
         values = [value if math.isfinite(value) else math.nan for value in points.values()]
         marker = "." if len(points) <= 30 else ""
@@ -118,12 +121,12 @@ def plot_curve(axis: Axes, points: Points, label: str, colour: str) -> None:
 
 
 def finish_axis(axis: Axes, legend: bool) -> None:
-    """Add grid, legend and the lower label; say so where there is nothing to draw."""
+    """Add grid, legend and x label to an axis, or a note if it has no curves."""
     axis.set_xlabel("iteration")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     if not axis.lines:
-        axis.text(0.5, 0.5, "nothing yet", transform=axis.transAxes, ha="center", va="center", color="0.5")
+        axis.text(0.5, 0.5, "no data yet", transform=axis.transAxes, ha="center", va="center", color="0.5")
     elif legend:
         axis.legend(frameon=False)
 
@@ -133,24 +136,26 @@ def _finite(value: float | None) -> bool:
 
 
 def _labels(runs: tuple[Path, ...]) -> list[str]:
-    """Name runs by their folders, or by what was typed where two folders have one name."""
+    """Return the runs' folder names, or their paths as given if two names are equal."""
     names = [(run.parent if run.is_file() else run).resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 @click.command(cls=UnixCommand)
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=GivenPath())
-@click.option("--out", type=GivenPath(), default=Path("curves.png"), show_default=True, help="PNG, PDF or SVG.")
+@click.option(
+    "--out", type=GivenPath(), default=Path("curves.png"), show_default=True, help="Output file: PNG, PDF or SVG."
+)
 def main(runs: tuple[Path, ...], out: Path) -> None:
-    """Draw the curves of training runs over each other. RUN: a run's folder, or its metrics.jsonl."""
+    """Draw the curves of training runs in one picture. RUN is a run's folder or its metrics.jsonl."""
     if out.suffix.lower() not in KINDS:
-        raise click.UsageError(one_line(f"--out {out}: expected a name that ends in one of {', '.join(KINDS)}"))
+        raise click.UsageError(one_line(f"--out {out}: expected a file name ending in one of {', '.join(KINDS)}"))
     if not can_draw():
         raise click.ClickException("curves need matplotlib: pip install 'srshards[plots]'")
     try:
         logs = [run / LOG if run.is_dir() else run for run in runs]
         if out.resolve() in {log.resolve() for log in logs}:
-            raise ShardsError(f"{out}: expected another file than those that are read")
+            raise ShardsError(f"{out}: expected an output file that is not an input")
         curves = [read_curves(log) for log in logs]
         labels = [label.replace("$", r"\$") for label in map(one_line, _labels(runs))]
         data = draw(dict(zip(labels, curves, strict=True)), out.suffix.lower().removeprefix("."))

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, `metrics.jsonl` always."""
+"""Progress reporting: a bar on a terminal, log lines elsewhere, `metrics.jsonl` always."""
 
 import math
 import sys
@@ -23,10 +23,10 @@ from model.training.stopping import StopRequest
 
 
 class Reporter:
-    """The reports of a run; all ranks count, the first one speaks, writes, and knows what was written.
+    """The reports of a run. All ranks count steps; rank 0 prints, and reads and writes the log.
 
-    An interval is what happens from one report of the losses to the next: means and times are over it. Once standard
-    output takes no more, the run is asked to stop: it saves, and then raises `output_error`.
+    Losses and times are averaged over an interval: the steps since the last report. If standard output fails, the
+    reporter requests a stop; the run saves and then raises `output_error`.
     """
 
     def __init__(self, config: Config, ranks: Ranks, iteration: int, stop: StopRequest) -> None:
@@ -35,7 +35,7 @@ class Reporter:
         self.output_error: Exception | None = None
         self.board: Any = None
         self.entries: list[dict[str, Any]] = []
-        if ranks.first:  # what a killed run wrote after its last checkpoint will come again
+        if ranks.first:  # entries after the checkpoint will be written again
             self.entries = [entry for entry in read_log(self.log) if entry["iteration"] <= iteration]
             write_log(self.log, self.entries)
             self.board = _tensorboard(self.log.with_name("tensorboard"), iteration)
@@ -44,15 +44,15 @@ class Reporter:
         self.start_interval()
 
     def start_interval(self) -> None:
-        """Begin the next interval."""
+        """Start the next interval."""
         self.started = time.perf_counter()
-        self.wait_seconds = 0.0  # seconds blocked, waiting for a batch
+        self.wait_seconds = 0.0  # seconds spent waiting for batches
         self.steps = 0
-        self.sums: dict[str, Tensor] = {}  # they stay on the device: reading them would wait for the steps to end
+        self.sums: dict[str, Tensor] = {}  # on the device: reading them would synchronise
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """In which to do what is no part of a step, and is not to count as its time."""
+        """Exclude the enclosed work from step timing."""
         paused = time.perf_counter()
         try:
             yield
@@ -60,14 +60,14 @@ class Reporter:
             self.started += time.perf_counter() - paused
 
     def add_step(self, losses: Losses) -> None:
-        """Count one step."""
+        """Add the losses of one step to the interval."""
         for name, value in {"loss": losses.total.detach(), **losses.parts}.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.steps += 1
         self.write_output(self.bar.update)
 
     def note(self, text: str) -> None:
-        """Print a line, above the bar if there is one, at once: a cluster's log would else stay empty for hours."""
+        """Print a line, above the bar if there is one; flush it, or a cluster's log stays empty for hours."""
 
         def write() -> None:
             self.bar.write(text, file=sys.stdout)
@@ -77,17 +77,17 @@ class Reporter:
             self.write_output(write)
 
     def write_output(self, write: Callable[[], object]) -> None:
-        """Write to standard output; nothing any more once that has failed, as when its reader is gone."""
+        """Write to standard output; after a failure, such as a closed pipe, write nothing more."""
         if self.output_error is not None:
             return
         try:
             write()
-        except Exception as error:  # raised again when the run has saved
+        except Exception as error:  # raised again after the run has saved
             self.output_error, self.bar.disable = error, True
-            self.stop.ask("standard output, which takes no more")
+            self.stop.ask("a failed write to standard output")
 
     def report(self, iteration: int, learning_rate: float) -> None:
-        """Report the interval and begin the next: all ranks must call it. An interval without steps is left out."""
+        """Report the interval, unless it has no steps, and start the next. All ranks must call this."""
         if self.steps:
             sums = self.ranks.sum(torch.stack(list(self.sums.values()))) / (self.steps * self.ranks.world_size)
             losses = dict(zip(self.sums, sums.tolist(), strict=True))
@@ -109,7 +109,7 @@ class Reporter:
                     f"learning rate {learning_rate:.2e}  {speed}  {step:.4f} s/step  {wait:.1%} waiting for data  "
                     f"{duration((self.total - iteration) * step)} left  peak memory {memory}"
                 )
-            else:  # the bar itself tells iterations, time per step and time left
+            else:  # the bar shows iterations, time per step and time left
                 text = (
                     f"loss {losses['loss']:.5f} ({parts}), {learning_rate:.1e}, {speed}, {wait:.1%} waiting, {memory}"
                 )
@@ -118,7 +118,7 @@ class Reporter:
         self.start_interval()
 
     def report_scores(self, iteration: int, valid: str, scores: Scores, bicubic: Scores | None = None) -> None:
-        """Report the averaged weights' scores on the dataset `valid`, and once those of bicubic enlargement on it."""
+        """Report the EMA weights' scores on the dataset `valid`, after those of bicubic enlargement if given."""
         if bicubic is not None:
             values = {BICUBIC + name: value for name, value in asdict(bicubic).items()}
             self.record(iteration, values | {VALID: valid})
@@ -127,19 +127,19 @@ class Reporter:
         self.note(f"validation at iteration {iteration}/{self.total}  {_line(scores)}")
 
     def has_score(self, name: str, valid: str, iteration: int | None = None) -> bool:
-        """Whether the first rank's log has a score on the dataset `valid`, of an iteration or of any."""
+        """On rank 0, return True if the log has this score on the dataset `valid`, at `iteration` if given."""
         return any(
             name in entry and entry.get(VALID) == valid and iteration in (None, entry["iteration"])
             for entry in self.entries
         )
 
     def best_psnr(self, valid: str) -> float:
-        """The highest PSNR-Y of all validations on the dataset `valid` so far; -inf where there was none."""
+        """Return the highest PSNR-Y so far on the dataset `valid`; -inf if there is none."""
         found = [entry["psnr_y"] for entry in self.entries if "psnr_y" in entry and entry.get(VALID) == valid]
         return max(map(score_of, found), default=-math.inf)
 
     def record(self, iteration: int, values: Mapping[str, Any]) -> None:
-        """Add a line to the log, and its numbers to TensorBoard. OSError naming the log if it cannot be written."""
+        """Add a record to the log, and its numbers to TensorBoard. OSError, naming the log, if it cannot be written."""
         if not self.ranks.first:
             return
         entry = {"iteration": iteration, **values}
@@ -152,14 +152,14 @@ class Reporter:
             self.board.flush()
 
     def close(self) -> None:
-        """End the bar's line."""
+        """Close the bar and TensorBoard's writer."""
         self.write_output(self.bar.close)
         if self.board is not None:
             self.board.close()
 
 
 def duration(seconds: float) -> str:
-    """A time as h:mm:ss."""
+    """Return a duration as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
@@ -169,7 +169,7 @@ def _line(scores: Scores) -> str:
 
 
 def _tensorboard(folder: Path, iteration: int) -> Any:
-    """A TensorBoard writer where that is installed, else None."""
+    """Return a TensorBoard writer, or None if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

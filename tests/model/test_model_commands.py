@@ -288,10 +288,10 @@ def test_logs_of_strangers(tmp_path: Path) -> None:
     )
     assert curves.read_curves(log).loss == {1: 0.5}
     for line, message in (
-        ('{"iteration": 1, "loss": 1' + "0" * 400 + "}", "loss: expected a number, got a int"),
-        ('{"iteration": 1' + "0" * 400 + ', "loss": 1}', "iteration: expected a whole number, got a int"),
+        ('{"iteration": 1, "loss": 1' + "0" * 400 + "}", "loss: expected a number, got a value of type int"),
+        ('{"iteration": 1' + "0" * 400 + ', "loss": 1}', "iteration: expected a whole number, got a value of type int"),
         ('{"iteration": "\\u001b[31m", "loss": 1}', "iteration: expected a whole number, got "),
-        ('{"iteration": {}, "loss": 1}', "iteration: expected a whole number, got a dict"),
+        ('{"iteration": {}, "loss": 1}', "iteration: expected a whole number, got a value of type dict"),
     ):
         log.write_text(good + line + "\n")
         result = run(curves, log, "--out", tmp_path / "c.png")
