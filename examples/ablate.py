@@ -1,9 +1,9 @@
-"""What each part of ShuffleMixer and its FFT loss is worth: a training without each, and a table of the outcomes.
+"""Ablation of ShuffleMixer and its FFT loss: train without each part in turn, and tabulate the scores.
 
 `python examples/ablate.py --shards DIR --valid-shards DIR --scale 2 --iterations N --out OUT` runs train.py once per
-variant, one after another, each from the same seed and on the same samples; flags after `--` go to every run.
-OUT gets `table.md`, `ablation.png` (with matplotlib) and a folder per variant. The same command goes on where it was
-stopped, and trains only what is not complete.
+variant, one after another, with the same seed and samples; flags after `--` go to every run. OUT receives `table.md`,
+`ablation.png` (with matplotlib) and a folder per variant. Running the same command again resumes, and skips variants
+that are complete.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from typing import Any
 import click
 
 from loader.system.safefile import write_atomically
-from model.evaluate.curves import can_draw, finish, plot
+from model.evaluate.curves import can_draw, finish_axis, plot_curve
+from model.run_log import BICUBIC, LOG, VALID, read_log, score_of
 from model.shufflemixer import ShuffleMixer, ShuffleMixerConfig
-from model.training import sources
-from model.training.progress import LOG, VALID, read_log, score_of
+from model.training import settings_io
 
 TRAINER = Path(__file__).resolve().parent.parent / "train.py"
 KERNEL_SIZES = (3, 5, 7)
 SCORES = ("psnr_y", "ssim_y", "psnr_rgb")
-BICUBIC = "bicubic"
 HEADER = (
     "| variant | what differs | parameters | GMACs | PSNR-Y | SSIM-Y | PSNR-RGB | PSNR-Y − full | s/step |\n"
     "|---|---|--:|--:|--:|--:|--:|--:|--:|"
@@ -41,7 +40,7 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A network or loss that differs in one thing from the full one, by flags of train.py."""
+    """A change of one part of the full network or loss, as flags of train.py."""
 
     name: str
     differs: str
@@ -50,7 +49,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Result:
-    """What a variant's run came to: its PSNR-Y by iteration, and the scores after the last one if it is complete."""
+    """The result of a variant's run: PSNR-Y by iteration, and the final scores if it is complete."""
 
     variant: Variant
     parameters: int
@@ -63,13 +62,13 @@ class Result:
 
 
 def variants(kernel_size: int) -> list[Variant]:
-    """List all variants of a network with that kernel size: one for each claim of the paper, after the full one."""
+    """Return the full network with that kernel size, then one variant per claim of the paper."""
     others = [size for size in KERNEL_SIZES if size != kernel_size]
     return [
         Variant("full", "nothing"),
-        *(Variant(f"kernel-{k}", f"{k}x{k} depth-wise kernels", ("--kernel-size", str(k))) for k in others),
+        *(Variant(f"kernel-{k}", f"{k}x{k} depth-wise convolutions", ("--kernel-size", str(k))) for k in others),
         Variant("no-shuffle", "no channel shuffle", ("--no-shuffle",)),
-        Variant("no-split", "point-wise MLPs on all channels, not on half", ("--no-split",)),
+        Variant("no-split", "point-wise MLPs on all channels instead of half", ("--no-split",)),
         Variant("no-fused", "no fused 3x3 convolutions", ("--no-fused",)),
         Variant("no-norm", "no layer norms", ("--no-norm",)),
         Variant("no-fft", "no FFT loss", ("--fft-weight", "0")),
@@ -77,24 +76,26 @@ def variants(kernel_size: int) -> list[Variant]:
 
 
 def choose(available: Sequence[Variant], names: str | None) -> list[Variant]:
-    """Pick variants by a comma-separated list, all without one; click.BadParameter for a name that there is not."""
+    """Return the variants in a comma-separated list, all if it is None. click.BadParameter for unknown names."""
     if names is None:
         return list(available)
     wanted = list(dict.fromkeys(names.split(",")))
     if unknown := [name for name in wanted if name not in {variant.name for variant in available}]:
         known = ", ".join(variant.name for variant in available)
-        raise click.BadParameter(f"expected some of {known}, got {', '.join(unknown)}", param_hint="'--variants'")
+        raise click.BadParameter(
+            f"expected one or more of {known}, got {', '.join(unknown)}", param_hint="'--variants'"
+        )
     return [variant for variant in available if variant.name in wanted]
 
 
 def network_of(flags: Sequence[str]) -> ShuffleMixerConfig:
-    """Give the network that train.py trains with these flags; click.UsageError for flags that it would refuse."""
+    """Return the network that train.py trains with these flags. click.UsageError for flags it would refuse."""
 
-    @sources.options
+    @settings_io.setting_options
     def build(**values: Any) -> ShuffleMixerConfig:
-        return sources.resolve(sources.given(click.get_current_context(), values), {}, {}).network
+        return settings_io.resolve(settings_io.given_settings(click.get_current_context(), values), {}, {}).network
 
-    lenient = {"ignore_unknown_options": True, "allow_extra_args": True}  # flags that are no settings
+    lenient = {"ignore_unknown_options": True, "allow_extra_args": True}  # flags that are not settings
     command = click.command("train.py", context_settings=lenient)(build)
     network: ShuffleMixerConfig = command.main(list(flags), standalone_mode=False)
     return network
@@ -103,33 +104,33 @@ def network_of(flags: Sequence[str]) -> ShuffleMixerConfig:
 def summarise(
     variant: Variant, network: ShuffleMixer, log: Iterable[dict[str, Any]], iterations: int, failure: str | None = None
 ) -> Result:
-    """Read a variant's log, as dictionaries of its lines; scores count only after exactly so many iterations."""
+    """Return the result of a variant from its log's records; final scores must be of exactly this iteration."""
     entries = list(log)
     validated = [entry for entry in entries if "psnr_y" in entry]
     last = validated[-1] if validated and validated[-1]["iteration"] == iterations and not failure else None
-    baselines = [entry for entry in entries if f"{BICUBIC}_psnr_y" in entry]
+    baselines = [entry for entry in entries if BICUBIC + "psnr_y" in entry]
     same = [entry for entry in baselines if validated and entry.get(VALID) == validated[-1].get(VALID)]
-    baseline = next(iter(same or baselines), None)  # of the images that the scores are of
+    baseline = next(iter(same or baselines), None)  # bicubic's, preferably on the same images
     steps = [entry["seconds_per_step"] for entry in entries if "seconds_per_step" in entry]
     return Result(
-        variant,
-        network.parameter_count(),
-        network.multiply_accumulates(),
-        {entry["iteration"]: score_of(entry["psnr_y"]) for entry in validated},
-        {name: score_of(last[name]) for name in SCORES} if last else None,
-        {name: score_of(baseline[f"{BICUBIC}_{name}"]) for name in SCORES} if baseline else None,
-        statistics.median(steps) if steps else None,
-        failure,
+        variant=variant,
+        parameters=network.parameter_count(),
+        multiply_accumulates=network.multiply_accumulates(),
+        curve={entry["iteration"]: score_of(entry["psnr_y"]) for entry in validated},
+        scores={name: score_of(last[name]) for name in SCORES} if last else None,
+        bicubic={name: score_of(baseline[BICUBIC + name]) for name in SCORES} if baseline else None,
+        seconds_per_step=statistics.median(steps) if steps else None,
+        failure=failure,
     )
 
 
 def bicubic_of(results: Sequence[Result]) -> dict[str, float] | None:
-    """Find the scores of bicubic enlargement, which are the same for all."""
+    """Return the scores of bicubic enlargement, which are the same for all variants."""
     return next((result.bicubic for result in results if result.bicubic), None)
 
 
 def table(title: str, results: Sequence[Result]) -> str:
-    """Lay out the results as Markdown."""
+    """Return the results as a Markdown table."""
     full = next((result.scores for result in results if result.variant.name == "full"), None)
     rows = []
     for result in results:
@@ -146,16 +147,16 @@ def table(title: str, results: Sequence[Result]) -> str:
         rows.append("| " + " | ".join([result.variant.name, differs, *size, *scores, step]) + " |")
     if bicubic := bicubic_of(results):
         psnr_y, ssim_y, psnr_rgb = (bicubic[name] for name in SCORES)
-        rows.append(f"| {BICUBIC} | no network | – | – | {psnr_y:.3f} | {ssim_y:.4f} | {psnr_rgb:.3f} | – | – |")
+        rows.append(f"| bicubic | no network | – | – | {psnr_y:.3f} | {ssim_y:.4f} | {psnr_rgb:.3f} | – | – |")
     notes = (
-        "GMACs are for an HR image of 1280 x 720; scores are means over the validation set, of the averaged weights;\n"
-        "s/step is the median of the log's intervals. One seed each: small differences may be chance."
+        "GMACs are for 1280 x 720 HR pixels. Scores are means over the validation set, with the EMA weights.\n"
+        "s/step is the median over the log's intervals. With one seed each, small differences may be chance."
     )
     return "\n".join([f"# {title}", "", HEADER, *rows, "", notes, ""])
 
 
 def draw(title: str, results: Sequence[Result]) -> bytes:
-    """Draw PSNR-Y against iterations, a line per variant; give the bytes of a PNG. It takes matplotlib."""
+    """Plot PSNR-Y over iterations, a line per variant, and return the bytes of a PNG. Requires matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -163,18 +164,18 @@ def draw(title: str, results: Sequence[Result]) -> bytes:
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for number, result in enumerate(results):
-        plot(axis, result.curve, result.variant.name, f"C{number}")
+        plot_curve(axis, result.curve, result.variant.name, f"C{number}")
     if (bicubic := bicubic_of(results)) and math.isfinite(bicubic["psnr_y"]):
-        axis.axhline(bicubic["psnr_y"], color="0.4", linestyle="--", label=BICUBIC)
+        axis.axhline(bicubic["psnr_y"], color="0.4", linestyle="--", label="bicubic")
     axis.set(title=title, ylabel="PSNR-Y in dB, validation")
-    finish(axis, legend=True)
+    finish_axis(axis, legend=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 
-class Runs:
-    """Runs commands one after another; a signal to end goes on to the one that runs, which then saves."""
+class CommandRunner:
+    """Runs commands one at a time, and forwards stop signals to the running one, which then saves."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -183,16 +184,16 @@ class Runs:
             signal.signal(number, self.stop)
 
     def stop(self, *_: object) -> None:
-        """Ask the running command to end, and let none follow."""
+        """Stop the running command, and start no other."""
         self.stopped = True
         if self.child is not None:
             self.child.send_signal(signal.SIGTERM)
 
     def __call__(self, command: Sequence[str]) -> int:
-        """Show and run a command; give its exit code."""
+        """Print and run a command, and return its exit code."""
         click.echo(f"\n$ {shlex.join(command)}")
         self.child = subprocess.Popen(command)
-        if self.stopped:  # a signal came since the caller looked
+        if self.stopped:  # a signal arrived meanwhile
             self.stop()
         code = self.child.wait()
         self.child = None
@@ -200,10 +201,10 @@ class Runs:
 
 
 def train_variant(out: Path, flags: Sequence[str], iterations: int, run: Callable[[Sequence[str]], int]) -> str | None:
-    """Train a variant unless it is complete; say what went wrong, if something did."""
+    """Train a variant unless it is complete; return a message if it failed or stopped."""
     last = max((entry["iteration"] for entry in read_log(out / LOG)), default=0)
     if last > iterations:
-        return f"failed: {out} holds {last} iterations already, expected {iterations} at most"
+        return f"failed: {out}: expected at most {iterations} iterations, got {last}"
     finished = out / "finished"
     if finished.exists() and last == iterations:
         return None
@@ -213,30 +214,30 @@ def train_variant(out: Path, flags: Sequence[str], iterations: int, run: Callabl
     return None if finished.exists() else "stopped early"
 
 
-def claim(out: Path, common: Sequence[str]) -> None:
-    """Make `out` a folder for runs with these flags; click.ClickException if it has runs with other ones."""
+def record_flags(out: Path, common: Sequence[str]) -> None:
+    """Record these flags in the folder `out`. click.ClickException if it has runs with other flags."""
     record = out / "flags.json"
     if record.exists() and (found := json.loads(record.read_text(encoding="utf-8"))) != list(common):
-        text = f"{out}: expected runs with {shlex.join(common)}, got {shlex.join(map(str, found))}; take another --out"
+        text = f"{out}: expected runs with {shlex.join(common)}, got {shlex.join(map(str, found))}; use another --out"
         raise click.ClickException(text)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(record, (json.dumps(list(common)) + "\n").encode())
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--shards", required=True, help="Dataset to train on.")
-@click.option("--valid-shards", required=True, help="Dataset to validate on.")
-@click.option("--scale", required=True, type=int, help="2, 3 or 4.")
-@click.option("--iterations", required=True, type=click.IntRange(min=1), help="Of each variant.")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for it all.")
-@click.option("--variants", "names", help="Comma-separated; all unless given.")
-@click.option("--seed", default=0, help="Of the first weights and of the samples, of each variant.")
+@click.option("--shards", required=True, help="Training dataset.")
+@click.option("--valid-shards", required=True, help="Validation dataset.")
+@click.option("--scale", required=True, type=int, help="Upscaling factor: 2, 3 or 4.")
+@click.option("--iterations", required=True, type=click.IntRange(min=1), help="Iterations per variant.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Output folder.")
+@click.option("--variants", "names", help="Comma-separated variants; default: all.")
+@click.option("--seed", default=0, help="Seed of the initial weights and of the samples.")
 @click.argument("further", nargs=-1, type=click.UNPROCESSED)
 def main(
     shards: str, valid_shards: str, scale: int, iterations: int, out: Path, names: str | None, seed: int,
     further: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Train ShuffleMixer without each of its parts in turn; FURTHER flags of train.py follow a `--`."""
+    """Train ShuffleMixer without each of its parts in turn. FURTHER flags for train.py follow a `--`."""
     ours = ["--shards", shards, "--valid-shards", valid_shards, "--scale", str(scale), "--seed", str(seed)]
     common = [*further, *ours]
     length = ["--iterations", str(iterations)]
@@ -246,9 +247,9 @@ def main(
         ShuffleMixer.from_config(network_of([*common, *length, "--out", str(out), *variant.flags]))
         for variant in chosen
     ]
-    claim(out, common)
+    record_flags(out, common)
     title = f"Ablation at x{scale} after {iterations:,} iterations (seed {seed})"
-    command = f"\nEach: `train.py {shlex.join([*common, *length])}` and the variant's own flags.\n"
+    command = f"\nEach: `train.py {shlex.join([*common, *length])}` plus the variant's own flags.\n"
     failures: dict[str, str] = {}
 
     def report() -> list[Result]:
@@ -259,14 +260,14 @@ def main(
         write_atomically(out / "table.md", (table(title, results) + command).encode())
         return results
 
-    run = Runs()
+    run = CommandRunner()
     results = report()
     for variant in chosen:
         failure = train_variant(out / variant.name, [*common, *length, *variant.flags], iterations, run)
         if failure:
             failures[variant.name] = failure
             click.echo(f"{variant.name}: {failure}", err=True)
-        results = report()  # after each, so that what a long job has found so far can be read
+        results = report()  # after each run, so that a long job shows intermediate results
         if run.stopped:
             break
     click.echo("\n" + table(title, results))
@@ -275,7 +276,7 @@ def main(
     else:
         click.echo("ablation.png needs matplotlib: pip install 'srshards[plots]'", err=True)
     if run.stopped:
-        raise click.ClickException("stopped; the same command goes on")
+        raise click.ClickException("stopped; run the same command again to resume")
     if failures:
         raise click.ClickException(f"{len(failures)} of {len(chosen)} variants failed: {', '.join(failures)}")
 

@@ -1,4 +1,4 @@
-"""Runs of train.py as processes of their own, for the tests that kill them or start several together."""
+"""Helpers that run train.py in this process, in child processes, or on several ranks."""
 
 import json
 import os
@@ -25,18 +25,18 @@ def command(shards: Path, out: Path, *flags: object) -> list[str]:
 
 
 def start(words: list[str], **environment: str) -> "subprocess.Popen[str]":
-    """Start a run: one thread, so that many at once do not stand in each other's way."""
+    """Start a run with one thread, so that concurrent runs do not compete for cores."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env)
 
 
 def start_ranks(words: list[str], count: int) -> "list[subprocess.Popen[str]]":
-    """Start a run on several ranks, as a cluster's scheduler does."""
-    return [start(words, **place) for place in places(count)]
+    """Start a run on several ranks, like a cluster's scheduler."""
+    return [start(words, **environment) for environment in rank_environments(count)]
 
 
-def places(count: int) -> list[dict[str, str]]:
-    """The environments of so many ranks on this machine."""
+def rank_environments(count: int) -> list[dict[str, str]]:
+    """Return the environment variables of each rank on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -45,38 +45,38 @@ def places(count: int) -> list[dict[str, str]]:
 
 
 def finish(*processes: "subprocess.Popen[str]") -> list[str]:
-    """What processes said, once all have ended well."""
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
-    return [calm(text) for text in said]
+    """Wait for processes and return their output; all must exit with code 0 and without warnings."""
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+    return [without_warnings(text) for text in outputs]
 
 
 def last(out: Path) -> dict[str, Any]:
-    """A run's last checkpoint."""
+    """Return the content of a run's last checkpoint."""
     content: dict[str, Any] = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
     return content
 
 
 def invoke(shards: Path | None, out: Path, *flags: object) -> Result:
-    """Run train.py in this process, for 3 small iterations unless flags say otherwise; later flags win."""
+    """Run train.py in this process, by default for 3 small iterations; later flags win."""
     words = [*SMALL[2:], "--batch-size", 2, "--iterations", 3, "--scale", 2, "--out", out, *flags]
     return CliRunner().invoke(train.main, [str(word) for word in (["--shards", shards] if shards else []) + words])
 
 
 def resume(out: Path, *flags: object) -> Result:
-    """Go on with a run by nothing but its folder, and these flags."""
+    """Resume a run, given only its folder and these flags."""
     return CliRunner().invoke(train.main, [str(word) for word in ["--resume", "auto", "--out", out, *flags]])
 
 
-def calm(said: str) -> str:
-    """What a child process said, without a warning of ours, of torch or of Python."""
-    noise = [line for line in said.splitlines() if "warning" in line.lower() or line.startswith("[W")]
-    assert not noise, said
-    return said
+def without_warnings(output: str) -> str:
+    """Return the output of a child process after checking that it contains no warnings."""
+    warnings = [line for line in output.splitlines() if "warning" in line.lower() or line.startswith("[W")]
+    assert not warnings, output
+    return output
 
 
-# Forks ranks, so that each test need not import torch anew: reads what to do and says how that ended, as JSON.
-NURSERY = """
+# Forks ranks from a process that has imported torch. Reads jobs and writes exit codes and output, as JSON lines.
+FORK_SERVER = """
 import json, os, sys, tempfile, traceback
 import train
 def live(code, words, environment, output):
@@ -113,21 +113,21 @@ for line in sys.stdin:
 """
 
 
-class Nursery:
-    """Runs ranks of train.py, or of other code, together; it is to be closed."""
+class RankForker:
+    """Forks ranks that run train.py or other code; close it after use."""
 
     def __init__(self) -> None:
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        words = [sys.executable, "-c", NURSERY]
+        words = [sys.executable, "-c", FORK_SERVER]
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env, start_new_session=True
         )
 
     def run(self, words: list[str], code: str = "train.main()", count: int = 2) -> list[tuple[int, str]]:
-        """How each rank ended, and what it said; `code` knows its `rank`. Ranks that hang are killed, and an error."""
+        """Run `code`, which can read `rank`, on all ranks; return exit codes and output. Ranks that hang are killed."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps([code, words, places(count)]) + "\n")
+        self.process.stdin.write(json.dumps([code, words, rank_environments(count)]) + "\n")
         self.process.stdin.flush()
         watchdog = threading.Timer(300, os.killpg, (self.process.pid, signal.SIGKILL))
         watchdog.start()
@@ -135,8 +135,8 @@ class Nursery:
             ends = json.loads(self.process.stdout.readline())
         finally:
             watchdog.cancel()
-        return [(end, calm(text)) for end, text in ends]
+        return [(end, without_warnings(text)) for end, text in ends]
 
     def close(self) -> None:
-        """End the process."""
+        """Stop the process."""
         self.process.communicate("", timeout=60)

@@ -1,48 +1,37 @@
 """Curves of training runs, from their `metrics.jsonl`: `python -m model.curves RUN...`, or `write_curves` for one.
 
-Loss and PSNR-Y against iterations, networks solid, bicubic as a dashed line. matplotlib draws them, where it is
-installed (`pip install 'srshards[plots]'`); nothing here imports it before it is needed, or changes its settings.
+They show loss and PSNR-Y over iterations, with bicubic's PSNR-Y as a dashed line. Drawing needs matplotlib
+(`pip install 'srshards[plots]'`), which is imported only when used; its settings are not changed.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from loader.errors import ShardsError, one_line
 from loader.system.safefile import read_named, write_atomically
+from model.run_log import LOG, VALID, iteration_in, number_in, read_records
 from prep.console.paths import GivenPath
 from prep.console.unix import UnixCommand
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LOG = "metrics.jsonl"
-MAX_LOG = 1 << 26  # bytes; a line has some 300
-MAX_LINE = 1 << 16
-LARGEST = 1 << 53  # of an iteration: exact as a double
 KINDS = (".png", ".pdf", ".svg")
 Points = Mapping[int, float]
 
 
-class CurvesError(ShardsError):
-    """A log that cannot be drawn, in one line: which, where, what was expected and what was got."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(one_line(text))
-
-
 @dataclass(frozen=True)
 class Curves:
-    """What a log says: training loss and validation PSNR-Y in dB by iteration, and bicubic's PSNR-Y if it is there."""
+    """A run's training loss and validation PSNR-Y in dB by iteration, and bicubic's PSNR-Y if known."""
 
     loss: Points
     psnr: Points
@@ -50,65 +39,35 @@ class Curves:
 
 
 def read_curves(log: Path) -> Curves:
-    """Read a run's log. Of an iteration that is there twice, as after a resume, the later line counts.
+    """Return the curves of a run's log.
 
-    Scores on different datasets (`valid`) make no curve together: those on the last one count.
-    Lines that a killed run left half-written are passed over, also where a resumed run went on after them. Raises
-    CurvesError for a file without a single record, and for values that are no numbers; OSError if it cannot be read.
+    Only scores on the dataset validated last are returned. If an iteration occurs twice, as after a resume, the later
+    record counts. Lines left incomplete by a killed run are skipped.
+
+    Raises:
+        LogError: the file has no records, or a value is not a number.
+        OSError: the file cannot be read.
     """
     loss: dict[int, float] = {}
     scores: dict[str, dict[int, float]] = {}  # by dataset
-    bicubic: dict[str, float | None] = {}
+    bicubic: dict[str, float] = {}
     valid = ""
-    data, found = read_named(log, MAX_LOG), False
-    for number, line in enumerate(io.BytesIO(data), start=1):
-        record = _record(line)
-        if record is None:
-            continue
-        found = True
+    for line, record in read_records(log, read_named):
+        where = f"{log}: line {line}"
         if "psnr_y" in record or "bicubic_psnr_y" in record:
-            valid = str(record.get("valid"))[:64]
-        bicubic[valid] = _number(log, number, record, "bicubic_psnr_y", bicubic.get(valid))
+            valid = str(record.get(VALID))[:64]
+        if (score := number_in(record, "bicubic_psnr_y", where)) is not None:
+            bicubic[valid] = score
         for key, points in (("loss", loss), ("psnr_y", scores.setdefault(valid, {}))):
-            value = _number(log, number, record, key, None)
-            if value is not None:
-                iteration = record.get("iteration")
-                if type(iteration) is not int or not -LARGEST <= iteration <= LARGEST:
-                    raise CurvesError(
-                        f"{log}: line {number}: iteration: expected a whole number, got {_shown(iteration)}"
-                    )
-                points[iteration] = value
-    if not found and data.strip():
-        raise CurvesError(f"{log}: expected lines of JSON objects, got none")
+            if (value := number_in(record, key, where)) is not None:
+                points[iteration_in(record, where)] = value
     return Curves(dict(sorted(loss.items())), dict(sorted(scores.get(valid, {}).items())), bicubic.get(valid))
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line) if len(line) <= MAX_LINE else None
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _number(log: Path, line: int, record: Mapping[str, Any], key: str, default: float | None) -> float | None:
-    value = record.get(key)
-    if value is None:
-        return default
-    if type(value) is float or (type(value) is int and -LARGEST <= value <= LARGEST):
-        return float(value)
-    raise CurvesError(f"{log}: line {line}: {key}: expected a number, got {_shown(value)}")
-
-
-def _shown(value: object) -> str:
-    """What JSON held, short; a whole number of thousands of digits has no text."""
-    return f"{value!r:.80}" if value is None or isinstance(value, bool | float | str) else f"a {type(value).__name__}"
-
-
 def write_curves(log: Path, path: Path) -> bool:
-    """Draw the curves of one run to the file `path`, replacing it whole; False if matplotlib is not installed.
+    """Draw the curves of one run and write them to `path`, atomically; return False if matplotlib is not installed.
 
-    Raises CurvesError and OSError as `read_curves` does, and OSError where the file cannot be written.
+    Raises LogError and OSError as `read_curves` does, and OSError if the file cannot be written.
     """
     if not can_draw():
         return False
@@ -117,12 +76,12 @@ def write_curves(log: Path, path: Path) -> bool:
 
 
 def can_draw() -> bool:
-    """Tell whether matplotlib is installed."""
+    """Return True if matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(runs: Mapping[str, Curves], kind: str) -> bytes:
-    """Draw runs, by label, over each other; give the bytes of a file of that kind ("png", "pdf" or "svg")."""
+    """Draw the curves of runs, by label, and return the bytes of a file of that kind ("png", "pdf" or "svg")."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -131,8 +90,8 @@ def draw(runs: Mapping[str, Curves], kind: str) -> bytes:
     left, right = figure.subplots(1, 2)
     for number, (label, curves) in enumerate(runs.items()):
         colour = f"C{number}"
-        plot(left, curves.loss, label, colour)
-        plot(right, curves.psnr, label, colour)
+        plot_curve(left, curves.loss, label, colour)
+        plot_curve(right, curves.psnr, label, colour)
     baselines = {label: curves.bicubic for label, curves in runs.items() if _finite(curves.bicubic)}
     if len(set(baselines.values())) == 1:
         right.axhline(next(iter(baselines.values())), color="0.4", linestyle="--", label="bicubic")
@@ -147,27 +106,27 @@ def draw(runs: Mapping[str, Curves], kind: str) -> bytes:
         left.yaxis.set_minor_formatter("{x:g}")
     right.set(title="Validation PSNR on Y", ylabel="dB")
     for axis, several in ((left, len(runs) > 1), (right, True)):
-        finish(axis, several)
+        finish_axis(axis, several)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=110)
     return buffer.getvalue()
 
 
-def plot(axis: Axes, points: Points, label: str, colour: str) -> None:
-    """Draw one curve, with marks where there are few points; numbers that are not finite leave gaps."""
+def plot_curve(axis: Axes, points: Points, label: str, colour: str) -> None:
+    """Draw one curve, with markers if it has few points and gaps at non-finite values."""
     if points:
         values = [value if math.isfinite(value) else math.nan for value in points.values()]
         marker = "." if len(points) <= 30 else ""
         axis.plot(list(points), values, color=colour, label=label, marker=marker, linewidth=1.5)
 
 
-def finish(axis: Axes, legend: bool) -> None:
-    """Add grid, legend and the lower label; say so where there is nothing to draw."""
+def finish_axis(axis: Axes, legend: bool) -> None:
+    """Add grid, legend and x label to an axis, or a note if it has no curves."""
     axis.set_xlabel("iteration")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     if not axis.lines:
-        axis.text(0.5, 0.5, "nothing yet", transform=axis.transAxes, ha="center", va="center", color="0.5")
+        axis.text(0.5, 0.5, "no data yet", transform=axis.transAxes, ha="center", va="center", color="0.5")
     elif legend:
         axis.legend(frameon=False)
 
@@ -177,24 +136,26 @@ def _finite(value: float | None) -> bool:
 
 
 def _labels(runs: tuple[Path, ...]) -> list[str]:
-    """Name runs by their folders, or by what was typed where two folders have one name."""
+    """Return the runs' folder names, or their paths as given if two names are equal."""
     names = [(run.parent if run.is_file() else run).resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 @click.command(cls=UnixCommand)
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=GivenPath())
-@click.option("--out", type=GivenPath(), default=Path("curves.png"), show_default=True, help="PNG, PDF or SVG.")
+@click.option(
+    "--out", type=GivenPath(), default=Path("curves.png"), show_default=True, help="Output file: PNG, PDF or SVG."
+)
 def main(runs: tuple[Path, ...], out: Path) -> None:
-    """Draw the curves of training runs over each other. RUN: a run's folder, or its metrics.jsonl."""
+    """Draw the curves of training runs in one picture. RUN is a run's folder or its metrics.jsonl."""
     if out.suffix.lower() not in KINDS:
-        raise click.UsageError(one_line(f"--out {out}: expected a name that ends in one of {', '.join(KINDS)}"))
+        raise click.UsageError(one_line(f"--out {out}: expected a file name ending in one of {', '.join(KINDS)}"))
     if not can_draw():
         raise click.ClickException("curves need matplotlib: pip install 'srshards[plots]'")
     try:
         logs = [run / LOG if run.is_dir() else run for run in runs]
         if out.resolve() in {log.resolve() for log in logs}:
-            raise CurvesError(f"{out}: expected another file than those that are read")
+            raise ShardsError(f"{out}: expected an output file that is not an input")
         curves = [read_curves(log) for log in logs]
         labels = [label.replace("$", r"\$") for label in map(one_line, _labels(runs))]
         data = draw(dict(zip(labels, curves, strict=True)), out.suffix.lower().removeprefix("."))

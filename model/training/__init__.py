@@ -1,1 +1,1 @@
-"""What `train.py` needs beside the network, each part alone: settings, ranks, memory, saving, stopping, reports."""
+"""Services of `train.py`: settings, ranks, memory, checkpoints, stop signals, validation and reporting."""

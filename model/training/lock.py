@@ -1,4 +1,4 @@
-"""One training at a time in a folder."""
+"""The lock of a run's folder: one training at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,20 +11,20 @@ LOCK = "train.lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[str | None]:
-    """Hold the lock of a run's folder, which is made if need be; yield a remark where there are no locks.
+    """Hold the lock of a run's folder, created if missing; yield a message if the file system has no locks.
 
-    Afterwards the lock's file is gone, and so is the folder if nothing was written there.
+    On exit, remove the lock file, and the folder if it is empty and was created here.
 
     Raises:
-        ShardsError: another training holds it.
-        OSError: the folder or the lock's file cannot be written.
+        ShardsError: another training holds the lock.
+        OSError: the folder or the lock file cannot be written.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
+    created = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with held(folder / LOCK, "training") as remark:
-            yield remark
+        with held(folder / LOCK, "training") as message:
+            yield message
     finally:
-        with suppress(OSError):  # not empty, or another process is faster
-            for path in made:
+        with suppress(OSError):  # not empty, or removed by another process
+            for path in created:
                 path.rmdir()

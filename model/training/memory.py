@@ -1,4 +1,4 @@
-"""Memory: how many samples a device holds at once, what is free, what ran out, and the most that was taken."""
+"""Memory: the largest micro-batch that fits, errors of running out, and peak use."""
 
 import resource
 from collections.abc import Callable
@@ -8,32 +8,32 @@ import torch
 from model.device import is_out_of_memory
 from model.training.settings import Config
 
-SPARE = 0.03  # of a GPU's memory: allocations of other kinds, and fragmentation, come later
+SPARE = 0.03  # fraction of a GPU's memory left for later allocations and fragmentation
 
 
-def largest_part(share: int, fits: Callable[[int], bool]) -> int:
-    """The largest micro-batch that fits, of those that cut a share into the fewest, nearly equal parts.
+def largest_micro_batch(samples: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest micro-batch that fits, of those that split `samples` into the fewest, nearly equal parts.
 
-    `fits` must hold for all sizes below one for which it holds. Raises MemoryError if not even one sample fits.
+    `fits` must be monotonic: if a size fits, so do all smaller ones. Raises MemoryError if not even one sample fits.
     """
-    few, many = 0, 1  # so many parts are too few, and so many may do
-    while not fits(-(-share // many)):
-        if many >= share:
+    few, many = 0, 1  # numbers of parts: `few` are too few, `many` may do
+    while not fits(-(-samples // many)):
+        if many >= samples:
             raise MemoryError(
-                "expected memory for one sample at least; smaller --lr-patch or --activation-checkpointing"
+                "out of memory for a single sample; use a smaller --lr-patch or --activation-checkpointing"
             )
-        few, many = many, min(2 * many, share)
+        few, many = many, min(2 * many, samples)
     while many - few > 1:
         middle = (few + many) // 2
-        if fits(-(-share // middle)):
+        if fits(-(-samples // middle)):
             many = middle
         else:
             few = middle
-    return -(-share // many)
+    return -(-samples // many)
 
 
-def tried(step: Callable[[int], None], device: torch.device) -> Callable[[int], bool]:
-    """Make a test for `largest_part` of a step that takes a number of samples: it is done, to see whether it fits."""
+def fits_in_memory(step: Callable[[int], None], device: torch.device) -> Callable[[int], bool]:
+    """Return a predicate for `largest_micro_batch` that runs `step` on a number of samples to see if it fits."""
 
     def fits(samples: int) -> bool:
         try:
@@ -55,17 +55,17 @@ def tried(step: Callable[[int], None], device: torch.device) -> Callable[[int], 
     return fits
 
 
-def too_large(micro_batch: int | None, config: Config) -> str:
-    """Say what did not fit, and what may."""
+def out_of_memory_message(micro_batch: int | None, config: Config) -> str:
+    """Return a message that says what did not fit and how to use less memory."""
     return (
-        f"out of memory for {micro_batch} samples of {config.lr_patch} × {config.lr_patch} LR pixels at once, in "
-        f"{config.precision}; less need --micro-batch auto or a smaller number, --activation-checkpointing, "
+        f"out of memory for a micro-batch of {micro_batch} samples of {config.lr_patch} × {config.lr_patch} LR pixels "
+        f"in {config.precision}; use --micro-batch auto or a smaller number, --activation-checkpointing, "
         "--precision bf16, or a smaller --lr-patch"
     )
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory in use so far: of a GPU by tensors, on the CPU by the whole process."""
+    """Return peak memory use: of tensors on a GPU, of the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""One process among those of a run: which share of the work is its, and what all of them decide together."""
+"""The ranks of a run: joining them, exchanging values between them, and failing together."""
 
 import os
 from collections.abc import Iterator
@@ -14,21 +14,20 @@ from torch.nn.parallel import DistributedDataParallel
 from loader.errors import ShardsError, one_line
 from model.checkpoints import CheckpointError
 from model.device import pick_device
-from model.training.sources import SettingsError
-from model.training.threads import own_cores, share_cores
+from model.training.threads import limit_threads, own_cores
 
 
-class RanksError(Exception):
-    """Ranks that do not agree, or of which one failed: the message says which, and why."""
+class RanksError(ShardsError):
+    """Ranks that disagree, or a failure of another rank."""
 
 
-# What may happen to a run; all else is a mistake in the program, and shows where it was made.
-FAILURES = (ShardsError, CheckpointError, SettingsError, RanksError, click.ClickException, MemoryError, OSError)
+# Errors a run may meet; any other is a bug and keeps its traceback.
+FAILURES = (ShardsError, CheckpointError, click.ClickException, MemoryError, OSError)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number, out of how many, and the device that it computes on."""
+    """This process's rank, the world size, and the device it computes on."""
 
     rank: int
     world_size: int
@@ -36,37 +35,37 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes, speaks and decides."""
+        """True for rank 0, which writes files, reports and decides."""
         return self.rank == 0
 
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
-        """Tell of each flag whether it is set in any rank."""
+        """For each flag, return True if any rank sets it."""
         if self.world_size == 1:
             return flags
-        together = torch.tensor(flags, dtype=torch.int32, device=self.device)
-        distributed.all_reduce(together, distributed.ReduceOp.MAX)
-        return tuple(bool(one) for one in together.tolist())
+        reduced = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        distributed.all_reduce(reduced, distributed.ReduceOp.MAX)
+        return tuple(bool(one) for one in reduced.tolist())
 
-    def decide(self, flag: bool) -> bool:
-        """Give the first rank's flag to all."""
+    def broadcast_flag(self, flag: bool) -> bool:
+        """Return rank 0's flag on all ranks."""
         return self.any_of(self.first and flag)[0]
 
-    def total(self, values: Tensor) -> Tensor:
-        """Add up the tensors of all ranks, on this rank's device."""
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of all ranks' tensors, on this rank's device."""
         values = values.to(self.device, copy=True)
         if self.world_size > 1:
             distributed.all_reduce(values)
         return values
 
-    def least(self, value: int) -> int:
-        """The smallest of all ranks' numbers."""
-        together = torch.tensor(value, device=self.device)
+    def minimum(self, value: int) -> int:
+        """Return the smallest of all ranks' numbers."""
+        reduced = torch.tensor(value, device=self.device)
         if self.world_size > 1:
-            distributed.all_reduce(together, distributed.ReduceOp.MIN)
-        return int(together)
+            distributed.all_reduce(reduced, distributed.ReduceOp.MIN)
+        return int(reduced)
 
     def gather(self, text: str) -> list[str]:
-        """Give the texts of all ranks, in order."""
+        """Return the texts of all ranks, in order."""
         if self.world_size == 1:
             return [text]
         data = text.encode("utf-8", "backslashreplace")
@@ -79,7 +78,7 @@ class Ranks:
         return [_bytes(one[: int(size)]).decode() for one, size in zip(texts, sizes, strict=True)]
 
     def broadcast(self, data: bytes) -> bytes:
-        """Give the first rank's bytes to all."""
+        """Return rank 0's bytes on all ranks."""
         if self.world_size == 1:
             return data
         size = torch.tensor(len(data), device=self.device)
@@ -91,11 +90,11 @@ class Ranks:
         return _bytes(tensor)
 
     @contextmanager
-    def united(self) -> Iterator[None]:
-        """In which to do what may fail in some ranks, and must not leave others waiting: then all of them end.
+    def fail_together(self) -> Iterator[None]:
+        """Run a block that may fail on some ranks; if it does, all ranks exit, so that none waits for another.
 
-        The first rank raises its own error, or a RanksError that gives another's; the others end without a word. In
-        the block no rank may wait for another.
+        Rank 0 raises its own error, or a RanksError with that of another rank; the others exit silently. The block must
+        not contain collective operations.
         """
         failure: Exception | None = None
         try:
@@ -104,11 +103,11 @@ class Ranks:
             if self.world_size == 1:
                 raise
             failure = error
-        self.settle(failure)
+        self.raise_together(failure)
 
-    def settle(self, failure: Exception | None) -> None:
-        """End all ranks if one of them failed, as `united` does; all must call it."""
-        texts = self.gather("" if failure is None else told(failure))
+    def raise_together(self, failure: Exception | None) -> None:
+        """Exit all ranks if one has a failure, as `fail_together` does; a collective operation."""
+        texts = self.gather("" if failure is None else describe_error(failure))
         if not any(texts):
             return
         if self.first:
@@ -116,94 +115,98 @@ class Ranks:
             raise failure or RanksError(f"rank {rank}: {text}")
         raise SystemExit(getattr(failure, "exit_code", 1)) from failure
 
-    def agree(self, what: str, text: str) -> None:
-        """End all ranks with a RanksError by the first, unless all give the same text, of one line or more."""
+    def require_equal(self, what: str, text: str) -> None:
+        """Raise a RanksError on rank 0, and exit the others, unless all ranks pass the same lines of text."""
         texts = self.gather(text)
         for rank, other in enumerate(texts):
             if other == texts[0]:
                 continue
             ours, theirs = (one.split("\n") for one in (texts[0], other))
             a, b = next((a, b) for a, b in zip([*ours, "nothing"], [*theirs, "nothing"], strict=False) if a != b)
-            failure = RanksError(f"{what}: expected the same in all ranks, got {a} in rank 0 and {b} in rank {rank}")
-            self.settle(failure)
+            failure = RanksError(f"{what}: expected the same on all ranks, got {a} on rank 0 and {b} on rank {rank}")
+            self.raise_together(failure)
 
     def wrap(self, network: nn.Module) -> nn.Module:
-        """Let a network's gradients be the mean over all ranks, once `backward` has ended."""
+        """Return the network wrapped so that `backward` averages gradients over all ranks."""
         if self.world_size == 1:
             return network
-        give_strides(network)
+        match_gradient_strides(network)
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
 
-    def together(self, network: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """In which to compute a part of a step: gradients are exchanged once, with the last part."""
+    def gradient_sync(self, network: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Return a context for one micro-batch: gradients are all-reduced only in the last one of a step."""
         if isinstance(network, DistributedDataParallel) and not last:
             return network.no_sync()
         return nullcontext()
 
 
-def give_strides(network: nn.Module) -> None:
-    """Give gradients their weights' strides where they differ along sides of 1: DDP's buckets have them, and it warns.
+def match_gradient_strides(network: nn.Module) -> None:
+    """Give gradients the strides of their weights along dimensions of size 1.
 
-    Which ones a gradient comes with depends on the device's kernels; along longer sides torch sees to it itself.
+    DDP warns where a gradient's strides differ from those of its bucket. Torch matches strides itself along longer
+    dimensions; along those of size 1 they depend on the operator.
     """
     for weight in network.parameters():
         if 1 in weight.shape:
 
-            def same(gradient: Tensor, strides: tuple[int, ...] = weight.stride()) -> Tensor:
+            def restride(gradient: Tensor, strides: tuple[int, ...] = weight.stride()) -> Tensor:
                 if gradient.stride() == strides:
                     return gradient
                 return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(
                     gradient
                 )
 
-            weight.register_hook(same)  # type: ignore[no-untyped-call]
+            weight.register_hook(restride)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
-    """Take the place that RANK, LOCAL_RANK and WORLD_SIZE say, as torchrun sets them; without, be the only process.
+def join_ranks(device: str) -> Iterator[Ranks]:
+    """Join the ranks given by RANK, LOCAL_RANK and WORLD_SIZE, as torchrun sets them; without these, run alone.
 
-    `device` is as for `pick_device`, "auto" and "cuda" being the GPU of the local rank. Raises click.BadParameter for
-    a device that cannot be used, click.ClickException where the other ranks are not found, or one is lost.
+    `device` is as for `pick_device`; "auto" and "cuda" select the GPU of the local rank.
+
+    Raises:
+        click.BadParameter: the device cannot be used.
+        click.ClickException: the other ranks cannot be reached, or one was lost.
     """
     world_size, local = (_number(name, default) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if world_size == 1:
         yield Ranks(0, 1, local_device(device, local))
         return
     try:
-        ranks = _meet(device, local)
+        ranks = _rendezvous(device, local)
     except (ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise click.ClickException(f"expected to meet the other {world_size - 1} ranks, got: {reason}") from error
+        raise click.ClickException(f"cannot connect to the other ranks (world size {world_size}): {reason}") from error
     try:
-        share_cores(ranks.rank, ranks.gather(own_cores()))
+        limit_threads(ranks.rank, ranks.gather(own_cores()))
         yield ranks
     except RuntimeError as error:
-        if not _is_loss(error):
+        if not _is_lost_rank(error):
             raise
-        raise click.ClickException(f"rank {ranks.rank}: lost the other ranks; one that failed says why") from error
+        raise click.ClickException(
+            f"rank {ranks.rank}: lost the other ranks; see the error of the rank that failed"
+        ) from error
     finally:
         distributed.destroy_process_group()
 
 
 def local_device(name: str, local: int) -> torch.device:
-    """Give the device called `name` to a local rank, each GPU being touched by its own rank only."""
+    """Return the device named `name` for a local rank, without touching another rank's GPU."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if 1 < gpus <= local:
-            raise click.BadParameter(
-                f"rank {local} of this machine has none of its {gpus} GPUs", param_hint="'--device'"
-            )
-        name = f"cuda:{local % gpus}"  # a cluster may show each process its own GPU only
+            raise click.BadParameter(f"no GPU for local rank {local}: this machine has {gpus}", param_hint="'--device'")
+        name = f"cuda:{local % gpus}"  # a cluster may show each process only its own GPU
     device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
-def told(error: Exception) -> str:
-    """Say in one line what an error says."""
+def describe_error(error: Exception) -> str:
+    """Return the message of an error as one line."""
     if isinstance(error, click.ClickException):
         return one_line(error.format_message())
     if isinstance(error, OSError) and error.filename is not None:
@@ -213,29 +216,29 @@ def told(error: Exception) -> str:
     return one_line(str(error)) or type(error).__name__
 
 
-def _meet(device: str, local: int) -> Ranks:
-    """Meet the other ranks; they tell each other of their devices first, since one without a GPU would hang all."""
+def _rendezvous(device: str, local: int) -> Ranks:
+    """Connect to the other ranks, after comparing devices: one rank without a GPU would make NCCL hang."""
     store, rank, world_size = next(rendezvous("env://"))
-    place, problem = None, ""
+    chosen, problem = None, ""
     try:
-        place = local_device(device, local)
+        chosen = local_device(device, local)
     except click.ClickException as error:
-        problem = told(error)
-    store.set(f"srshards/{rank}", f"{place.type if place else ''} {problem}")
-    said = [store.get(f"srshards/{number}").decode().partition(" ") for number in range(world_size)]
-    for number, (kind, _, trouble) in enumerate(said):
-        if trouble or kind != said[0][0]:
-            text = trouble or f"expected a device of one kind in all ranks, got {said[0][0]} in rank 0, {kind} here"
+        problem = describe_error(error)
+    store.set(f"srshards/{rank}", f"{chosen.type if chosen else ''} {problem}")
+    answers = [store.get(f"srshards/{number}").decode().partition(" ") for number in range(world_size)]
+    for number, (kind, _, trouble) in enumerate(answers):
+        if trouble or kind != answers[0][0]:
+            text = trouble or f"expected the device type of rank 0, {answers[0][0]}, got {kind}"
             store.set(f"srshards/read/{rank}", "")
             if rank:
                 raise SystemExit(2)
-            for other in range(world_size):  # the store is rank 0's: it stays until all have read
+            for other in range(world_size):  # rank 0 hosts the store: keep it until all have read
                 store.get(f"srshards/read/{other}")
             raise click.UsageError(f"--device {device}: rank {number}: {text}")
-    assert place is not None
-    backend = "nccl" if place.type == "cuda" else "gloo"
+    assert chosen is not None
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    return Ranks(rank, world_size, place)
+    return Ranks(rank, world_size, chosen)
 
 
 def _number(name: str, default: int) -> int:
@@ -245,8 +248,8 @@ def _number(name: str, default: int) -> int:
         raise click.UsageError(f"{name}: expected a whole number, got {os.environ[name]!r}") from None
 
 
-def _is_loss(error: RuntimeError) -> bool:
-    """Whether an error of a collective operation comes of another rank's end."""
+def _is_lost_rank(error: RuntimeError) -> bool:
+    """True if a collective operation failed because another rank is gone."""
     text = str(error).lower()
     kind = getattr(distributed, "DistError", ())
     return isinstance(error, kind) or any(word in text for word in ("gloo", "nccl", "connection"))

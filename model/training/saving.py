@@ -1,4 +1,4 @@
-"""A run's checkpoints on disk: written whole or not at all, the last few and the best kept, the newest found."""
+"""The checkpoint files of a run: written atomically; the newest few and the best are kept."""
 
 import io
 import os
@@ -19,26 +19,26 @@ LAST, BEST = "last.pt", "best.pt"
 
 
 def save(path: Path, content: Mapping[str, Any], keep: int) -> None:
-    """Write a checkpoint, let last.pt be the same file, and drop all but the `keep` newest; a kill loses none.
+    """Write a checkpoint, link last.pt to it, and remove all but the `keep` newest; safe to kill at any point.
 
-    Checkpoints of later iterations are not counted: the run went back behind them because they are damaged.
+    Checkpoints of later iterations do not count towards `keep`: the run resumed before them because they are damaged.
     """
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".*.part"):  # of a process that was killed
+    for left in folder.glob(".*.part"):  # left by a killed process
         with suppress(OSError):
             left.unlink(missing_ok=True)
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     write_atomically(path, buffer.getvalue())
-    name_also(path, LAST)
-    for old in [one for one in numbered(folder) if number_of(one) <= number_of(path)][keep:]:
+    link_as(path, LAST)
+    for old in [one for one in numbered_checkpoints(folder) if iteration_of(one) <= iteration_of(path)][keep:]:
         old.unlink(missing_ok=True)
 
 
-def name_also(path: Path, name: str) -> None:
-    """Let another name in the same folder stand for a checkpoint too, by a hard link where there are such."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # a name that nobody can have prepared
+def link_as(path: Path, name: str) -> None:
+    """Give a checkpoint a second name in its folder: a hard link, or a copy if the file system has none."""
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # unguessable, so nobody can have planted a link there
     try:
         os.link(path, temporary, follow_symlinks=False)
     except OSError:
@@ -46,44 +46,44 @@ def name_also(path: Path, name: str) -> None:
         return
     try:
         temporary.replace(path.with_name(name))
-    finally:  # rename leaves both where they are one file already
+    finally:  # rename does nothing if both names are links to one file
         temporary.unlink(missing_ok=True)
 
 
-def name_of(iteration: int) -> str:
-    """The name of the checkpoint of an iteration."""
+def checkpoint_name(iteration: int) -> str:
+    """Return the file name of the checkpoint of an iteration."""
     return f"iteration-{iteration:08d}.pt"
 
 
-def number_of(path: Path) -> int:
-    """The iteration that the name of a checkpoint says; -1 for another name."""
+def iteration_of(path: Path) -> int:
+    """Return the iteration in a checkpoint's file name; -1 for other names."""
     match = NUMBERED.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
-def numbered(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, newest first."""
-    found = [path for path in folder.glob("iteration-*.pt") if number_of(path) >= 0]
-    return sorted(found, key=lambda path: (number_of(path), path.name), reverse=True)
+def numbered_checkpoints(folder: Path) -> list[Path]:
+    """Return the numbered checkpoints of a folder, newest first."""
+    found = [path for path in folder.glob("iteration-*.pt") if iteration_of(path) >= 0]
+    return sorted(found, key=lambda path: (iteration_of(path), path.name), reverse=True)
 
 
-def any_in(folder: Path) -> bool:
-    """Whether a folder holds checkpoints of a run, whole or not."""
-    return bool(numbered(folder)) or (folder / LAST).exists()
+def has_checkpoints(folder: Path) -> bool:
+    """True if a folder holds checkpoints, damaged or not."""
+    return bool(numbered_checkpoints(folder)) or (folder / LAST).exists()
 
 
 def read_newest(folder: Path) -> tuple[Path, Mapping[str, Any], list[str]] | None:
-    """Read the newest whole checkpoint, with the complaints about newer ones; None where there is none at all.
+    """Return path and content of the newest undamaged checkpoint, and the errors of newer ones; None if there is none.
 
-    Raises CheckpointError if there are some, and none is whole.
+    Raises CheckpointError if all are damaged.
     """
-    complaints: list[str] = []
-    for path in [*numbered(folder), folder / LAST]:
+    errors: list[str] = []
+    for path in [*numbered_checkpoints(folder), folder / LAST]:
         try:
-            return path, read_raw(path), complaints
+            return path, read_raw(path), errors
         except CheckpointError as error:
             if path.exists():
-                complaints.append(str(error))
-    if complaints:
-        raise CheckpointError("; ".join(complaints))
+                errors.append(str(error))
+    if errors:
+        raise CheckpointError("; ".join(errors))
     return None

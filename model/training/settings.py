@@ -1,4 +1,4 @@
-"""The settings of a training run: one dataclass, from which the flags and the keys of a TOML file follow."""
+"""The settings of a training run: one dataclass that defines the flags and the keys of TOML files."""
 
 import dataclasses
 import math
@@ -13,19 +13,19 @@ from model.shufflemixer import PRESETS, ShuffleMixerConfig
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16", "fp16")
 REQUIRED = dataclasses.MISSING
-WHOLE = "whole"  # a micro-batch that is all of a rank's share
+WHOLE = "whole"  # a micro-batch of the rank's whole batch
 AUTO = "auto"
 PATHS = ("shards", "valid_shards", "out")
-LOCAL = (*PATHS, "device")  # where a run happens, not what it computes: checkpoints do not hold these
+LOCAL = (*PATHS, "device")  # where a run happens, not what it computes: not stored in checkpoints
 
 
 class MicroBatch(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
-    """A whole number of at least 1, "auto" or "whole"."""
+    """A positive integer, "auto" or "whole"."""
 
     name = "N|auto|whole"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        """Take what a flag or a file says."""
+        """Return the value of a flag or a file."""
         if value in (AUTO, WHOLE):
             return str(value)
         try:
@@ -38,61 +38,63 @@ class MicroBatch(click.ParamType):  # type: ignore[type-arg]  # generic from cli
 
 
 def setting(default: Any, help: str, type: Any = None, **limits: float) -> Any:
-    """A field of Config with the help of its flag; `low` and `below` bound its numbers."""
+    """Return a field of Config with the help of its flag; its numbers are at least `low` and less than `below`."""
     return dataclasses.field(default=default, metadata={"help": help, "type": type, **limits})
 
 
 def count(default: Any, help: str) -> Any:
-    """A whole number of at least 1."""
+    """Return a field of Config that is a positive integer."""
     return setting(default, help, int, low=1, below=2**31)
 
 
 def weight(default: float, of: str) -> Any:
-    """The weight of one loss; LossConfig checks it."""
-    return setting(default, f"Weight of the {of} loss; 0 leaves it out.", float)
+    """Return a field of Config that is the weight of a loss; LossConfig checks its range."""
+    return setting(default, f"Weight of the {of} loss; 0 disables it.", float)
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run's settings, as the flags of the same names; checkpoints keep all but `LOCAL`. ValueError for bad values.
+    """The settings of a run, one per flag; checkpoints store all but `LOCAL`. ValueError for invalid values.
 
     The defaults are the published recipe (Sun et al., "ShuffleMixer", NeurIPS 2022).
     """
 
-    shards: str = setting(REQUIRED, "Dataset to train on, made by `prep build-shards`.", str)
-    scale: int = setting(REQUIRED, "2, 3 or 4.", int)
-    out: str = setting(REQUIRED, "Folder for this run's log, checkpoints and pictures.", str)
-    model: str = setting("tiny", "Which published network.", click.Choice(list(PRESETS)))
-    kernel_size: int | None = count(None, "Of the depth-wise convolutions, odd.  [default: the network's own]")
-    shuffle: bool = setting(True, "Channel shuffle after each point-wise MLP.")
-    split: bool = setting(True, "Point-wise MLPs on half of the channels, rather than on all.")
-    fused: bool = setting(True, "The fused 3x3 convolutions.")
-    norm: bool = setting(True, "The layer norms.")
-    iterations: int = count(300_000, "Steps of the optimiser.")
-    batch_size: int = count(64, "Samples in a step, of all ranks and micro-batches together.")
-    micro_batch: int | str = setting(WHOLE, "Samples that a rank computes at once; auto: as fit its GPU.", MicroBatch())
-    lr_patch: int = count(64, "Side of the LR crops, in LR pixels.")
-    learning_rate: float = setting(5e-4, "Adam's.", float, low=0)
-    schedule: str = setting("constant", "Of the learning rate.", click.Choice(SCHEDULES))
-    warmup: int = setting(0, "Iterations in which the learning rate rises to its value.", int, low=0)
-    ema_decay: float = setting(0.999, "Of the weights' average; less in the first steps.", float, low=0, below=1)
+    shards: str = setting(REQUIRED, "Training dataset, built by `prep build-shards`.", str)
+    scale: int = setting(REQUIRED, "Upscaling factor: 2, 3 or 4.", int)
+    out: str = setting(REQUIRED, "Output folder for the log, checkpoints and pictures.", str)
+    model: str = setting("tiny", "Published network.", click.Choice(list(PRESETS)))
+    kernel_size: int | None = count(None, "Kernel size of the depth-wise convolutions, odd.  [default: the model's]")
+    shuffle: bool = setting(True, "Shuffle channels after each point-wise MLP.")
+    split: bool = setting(True, "Apply point-wise MLPs to half of the channels, not to all.")
+    fused: bool = setting(True, "Use the fused 3x3 convolutions.")
+    norm: bool = setting(True, "Use layer norms.")
+    iterations: int = count(300_000, "Optimiser steps.")
+    batch_size: int = count(64, "Samples per step, over all ranks and micro-batches.")
+    micro_batch: int | str = setting(
+        WHOLE, "Samples computed at once on each rank; auto: as many as fit.", MicroBatch()
+    )
+    lr_patch: int = count(64, "Side length of the LR crops in pixels.")
+    learning_rate: float = setting(5e-4, "Learning rate of Adam.", float, low=0)
+    schedule: str = setting("constant", "Learning rate schedule.", click.Choice(SCHEDULES))
+    warmup: int = setting(0, "Iterations of linear learning rate warm-up.", int, low=0)
+    ema_decay: float = setting(0.999, "EMA decay of the weights; lower in the first steps.", float, low=0, below=1)
     l1_weight: float = weight(1.0, "L1")
     charbonnier_weight: float = weight(0.0, "Charbonnier")
     fft_weight: float = weight(0.1, "published FFT")
     fft_amplitude_weight: float = weight(0.0, "FFT amplitude")
-    precision: str = setting("fp32", "Of the network; losses are in fp32.", click.Choice(PRECISIONS))
-    activation_checkpointing: bool = setting(False, "Compute blocks again in the backward pass, to save memory.")
-    compile: bool = setting(False, "Compile the network by torch.compile.")
-    workers: int = setting(2, "Threads that gather batches, in each rank.", int, low=1, below=1025)
-    seed: int = setting(0, "Of the first weights and of all samples.", int, low=0, below=2**63)
-    device: str = setting(AUTO, "auto, cpu, cuda, cuda:1, ...", str)
-    valid_shards: str | None = setting(None, "Dataset to validate on, at this scale too.", str)
-    validate_every: int = count(5000, "Iterations; also at the end.")
-    checkpoint_every: int = count(5000, "Iterations; also at the end.")
-    checkpoint_minutes: float = setting(30.0, "Also after so many minutes.", float, low=0)
-    keep: int = count(3, "Checkpoints kept, beside the best one.")
-    log_every: int = count(100, "Iterations.")
-    max_skipped: int = setting(20, "Steps in a row that may be skipped for a loss that is not finite.", int, low=0)
+    precision: str = setting("fp32", "Precision of the network; losses stay in fp32.", click.Choice(PRECISIONS))
+    activation_checkpointing: bool = setting(False, "Recompute blocks in the backward pass to save memory.")
+    compile: bool = setting(False, "Compile the network with torch.compile.")
+    workers: int = setting(2, "Threads per rank that gather batches.", int, low=1, below=1025)
+    seed: int = setting(0, "Seed of the initial weights and of all samples.", int, low=0, below=2**63)
+    device: str = setting(AUTO, "Device: auto, cpu, cuda, cuda:1, ...", str)
+    valid_shards: str | None = setting(None, "Validation dataset with the same scale.", str)
+    validate_every: int = count(5000, "Validate every N iterations and at the end.")
+    checkpoint_every: int = count(5000, "Save a checkpoint every N iterations and at the end.")
+    checkpoint_minutes: float = setting(30.0, "Also save every N minutes.", float, low=0)
+    keep: int = count(3, "Checkpoints to keep in addition to the best.")
+    log_every: int = count(100, "Log every N iterations.")
+    max_skipped: int = setting(20, "Non-finite steps in a row to skip before giving up.", int, low=0)
     skip_small: bool = setting(False, "Leave out images smaller than the patch.")
 
     def __post_init__(self) -> None:
@@ -110,13 +112,13 @@ class Config:
         for name in PATHS:
             path = getattr(self, name)
             if path is not None and (not path or "\0" in path):
-                got = "a path with a NUL" if path else "an empty one"
+                got = "one with a NUL character" if path else "an empty one"
                 raise ValueError(f"{flag(name)} must be a path, got {got}")
-        _ = self.network, self.losses  # each refuses what it cannot be
+        _ = self.network, self.losses  # both validate their values
 
     @property
     def network(self) -> ShuffleMixerConfig:
-        """The shape of the network."""
+        """The network's configuration."""
         changes: dict[str, Any] = {name: getattr(self, name) for name in ("shuffle", "split", "fused", "norm")}
         if self.kernel_size is not None:
             changes["kernel_size"] = self.kernel_size
@@ -124,26 +126,26 @@ class Config:
 
     @property
     def losses(self) -> LossConfig:
-        """How the losses add up."""
+        """The weights of the losses."""
         return LossConfig(
             **{field.name: getattr(self, f"{field.name}_weight") for field in dataclasses.fields(LossConfig)}
         )
 
-    def share(self, ranks: int) -> int:
-        """Samples of a step that each of so many ranks computes."""
-        return self.batch_size // ranks
+    def rank_batch_size(self, world_size: int) -> int:
+        """Return the number of samples per step on each rank."""
+        return self.batch_size // world_size
 
 
 def flag(name: str) -> str:
-    """The flag of a setting."""
+    """Return the flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
 def learning_rate(iteration: int, config: Config) -> float:
-    """The learning rate of a step, from the number of those before it.
+    """Return the learning rate of the step with this number, from 0.
 
-    It rises linearly for `warmup` steps, then stays, or falls to 0 as half a cosine (Loshchilov and Hutter, "SGDR",
-    ICLR 2017, without restarts).
+    It rises linearly for `warmup` steps, then stays constant or falls to 0 along half a cosine (Loshchilov and Hutter,
+    "SGDR", ICLR 2017, without restarts).
     """
     if iteration < config.warmup:
         return config.learning_rate * (iteration + 1) / config.warmup

@@ -1,4 +1,4 @@
-"""Everything that training changes, and its way into a checkpoint and back."""
+"""The state of a training run, and its conversion to and from checkpoints."""
 
 import copy
 import hashlib
@@ -13,34 +13,34 @@ from model.checkpoints import CheckpointError
 from model.shufflemixer import ShuffleMixer
 from model.training.ranks import Ranks
 from model.training.settings import AUTO, Config
-from model.training.sources import portable
+from model.training.settings_io import portable_settings
 from model.training.vetting import check_content
 
 ADAM_BETAS = (0.9, 0.99)
-# What the largest micro-batch that fits depends on, besides the GPU and the network.
+# Settings that the largest micro-batch depends on, besides the GPU and the network.
 MEMORY_SETTINGS = ("lr_patch", "precision", "activation_checkpointing", "compile")
 
 
 @dataclass
 class State:
-    """What a checkpoint must hold, with the place in the sample stream, for a run to go on as if never stopped.
+    """Everything that training changes, except the position in the sample stream.
 
-    `forward` computes `network`: compiled, and with gradients averaged over ranks, as the case may be.
+    `forward` is `network`, compiled and wrapped for several ranks if the settings ask for it.
     """
 
     network: ShuffleMixer
     forward: nn.Module
     ema: ShuffleMixer
     optimiser: torch.optim.Adam
-    scaler: torch.amp.GradScaler  # does nothing but for fp16
+    scaler: torch.amp.GradScaler  # disabled except for fp16
     iteration: int = 0
-    skipped: int = 0  # steps, for losses or gradients that were not finite
+    skipped: int = 0  # steps with non-finite losses or gradients
     skipped_in_row: int = 0
-    micro_batch: int | None = None  # samples that a rank computes at once; None: not decided yet
+    micro_batch: int | None = None  # samples computed at once on a rank; None: undecided
 
 
 def new_state(config: Config, ranks: Ranks) -> State:
-    """Start a network with weights drawn from the seed."""
+    """Return the state of a new run, with weights initialised from the seed."""
     torch.manual_seed(config.seed)
     network = ShuffleMixer.from_config(config.network).to(ranks.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -53,8 +53,8 @@ def new_state(config: Config, ranks: Ranks) -> State:
     return State(network, forward, ema, optimiser, scaler)
 
 
-def to_checkpoint(state: State, place: Mapping[str, Any], config: Config, ranks: Ranks) -> dict[str, Any]:
-    """The content of a checkpoint, its weights in BasicSR's layout; `place` is that in the sample stream."""
+def to_checkpoint(state: State, position: Mapping[str, Any], config: Config, ranks: Ranks) -> dict[str, Any]:
+    """Return the content of a checkpoint, with weights in BasicSR's layout; `position` is that in the sample stream."""
 
     def plain(network: ShuffleMixer) -> dict[str, Tensor]:
         return {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
@@ -64,7 +64,7 @@ def to_checkpoint(state: State, place: Mapping[str, Any], config: Config, ranks:
         "params_ema": plain(state.ema),
         "network": asdict(config.network),
         "iteration": state.iteration,
-        "place": dict(place),
+        "place": dict(position),  # in the sample stream
         "optimiser": state.optimiser.state_dict(),
         "scaler": state.scaler.state_dict(),
         "random": torch.get_rng_state(),
@@ -72,15 +72,15 @@ def to_checkpoint(state: State, place: Mapping[str, Any], config: Config, ranks:
         "skipped_in_row": state.skipped_in_row,
         "micro_batch": state.micro_batch,
         "micro_batch_for": _memory_needs(config, ranks),
-        "config": portable(config),
+        "config": portable_settings(config),
     }
 
 
 def from_checkpoint(content: Mapping[str, Any], state: State, config: Config, ranks: Ranks) -> dict[str, Any]:
-    """Set a new state to that of a checkpoint, and give the place in the sample stream.
+    """Restore a new state from a checkpoint, and return the position in the sample stream.
 
-    The learning rate is that of `config`, and so is all else that the optimiser is set to. Raises CheckpointError if
-    the checkpoint is of another network or lacks something.
+    The optimiser's options, including the learning rate, are those of `config`. Raises CheckpointError if the
+    checkpoint is of another network or invalid.
     """
     content = check_content(content, to_checkpoint(state, {}, config, ranks), list(state.network.parameters()))
     try:
@@ -97,20 +97,20 @@ def from_checkpoint(content: Mapping[str, Any], state: State, config: Config, ra
         state.iteration = int(content["iteration"])
         state.skipped, state.skipped_in_row = int(content["skipped"]), int(content["skipped_in_row"])
         if config.micro_batch == AUTO and content["micro_batch_for"] == _memory_needs(config, ranks):
-            state.micro_batch = min(int(content["micro_batch"]), config.share(ranks.world_size))
+            state.micro_batch = min(int(content["micro_batch"]), config.rank_batch_size(ranks.world_size))
         return dict(content["place"])
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"expected a checkpoint of such a run of train.py; missing or wrong: {error}") from error
+        raise CheckpointError(f"expected a train.py checkpoint; missing or invalid: {error}") from error
 
 
 def _memory_needs(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """What the largest micro-batch that fits depends on."""
+    """Return what the largest micro-batch that fits depends on."""
     gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
     return {"gpu": gpu, "network": asdict(config.network)} | {name: getattr(config, name) for name in MEMORY_SETTINGS}
 
 
-def digest(state: State, place: Mapping[str, Any]) -> str:
-    """SHA-256 of all that ranks must have alike before they train together: weights, moments, iteration and place."""
+def digest(state: State, position: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what must be equal on all ranks: weights, moments, counters and position."""
     content = hashlib.sha256()
     moments = state.optimiser.state_dict()["state"]
     tensors = [*state.network.state_dict().items(), *state.ema.state_dict().items()]
@@ -119,6 +119,6 @@ def digest(state: State, place: Mapping[str, Any]) -> str:
         content.update(name.encode())
         if isinstance(value, Tensor):
             content.update(value.detach().cpu().contiguous().numpy().tobytes())
-    numbers = state.iteration, state.skipped, state.skipped_in_row, state.scaler.state_dict(), sorted(place.items())
+    numbers = state.iteration, state.skipped, state.skipped_in_row, state.scaler.state_dict(), sorted(position.items())
     content.update(repr(numbers).encode())
     return content.hexdigest()

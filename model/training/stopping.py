@@ -1,16 +1,16 @@
-"""Signals that ask a run to end: it saves, and ends well."""
+"""Signals that stop a run: it saves a checkpoint and exits with code 0."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# Slurm and other schedulers send SIGTERM, or what one tells them to, before they kill; a person sends SIGINT.
+# Slurm and other schedulers send SIGTERM, or a signal of one's choice, before they kill; Ctrl-C sends SIGINT.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether a run is to end: `signal` is the name of the signal that came, or what else asks for it; or None."""
+    """Whether a run should stop. `signal` is the name of the signal received, another reason, or None."""
 
     signal: str | None = None
 
@@ -18,21 +18,21 @@ class StopRequest:
         return self.signal is not None
 
     def ask(self, why: str) -> None:
-        """Ask a run to end, unless it is asked already."""
+        """Request a stop, unless one is requested already."""
         self.signal = self.signal or why
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Note signals in place of ending at once; a second SIGINT interrupts as it does elsewhere."""
+    """Turn signals into a stop request while the block runs; a second SIGINT raises KeyboardInterrupt."""
     request = StopRequest()
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if request.signal == "SIGINT" and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.signal = signal.Signals(number).name
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield request
     finally:

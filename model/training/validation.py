@@ -1,4 +1,4 @@
-"""Scores of a network on whole images, shared by all ranks, and pictures of some of them."""
+"""Validation: scores on whole images, computed by all ranks together, and a sheet of the first few."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
@@ -28,18 +28,18 @@ Note = Callable[[str], None]
 
 
 def open_validation(folder: str, scale: int) -> ImageDataset:
-    """Open a dataset to validate on; ShardsError if an image cannot be scored, now rather than after hours."""
+    """Open a validation dataset. ShardsError if an image is too small to be scored."""
     images = ImageDataset(folder, scale)
     if not len(images):
-        raise ShardsError(f"{one_line(folder)}: expected at least one image to validate on, got none")
+        raise ShardsError(f"{one_line(folder)}: expected at least one validation image, got none")
     sides = np.minimum(*images.shards.index.sizes(scale)) * scale
     small = np.flatnonzero(sides - 2 * scale < WINDOW)
     if small.size:
         least, name = WINDOW + 2 * scale, one_line(images.names[int(small[0])])
         raise ShardsError(
-            f"{one_line(folder)}: expected images of at least {least} × {least} pixels to validate on (SSIM's window "
-            f"of {WINDOW} inside a border of {scale}, as wide as the scale), got {small.size} of {len(images)} smaller:"
-            f" {name}{', ...' if small.size > 1 else ''}"
+            f"{one_line(folder)}: expected validation images of at least {least} × {least} pixels (SSIM's window of "
+            f"{WINDOW} inside a border of {scale}), got {small.size} of {len(images)} smaller: {name}"
+            f"{', ...' if small.size > 1 else ''}"
         )
     return images
 
@@ -47,34 +47,36 @@ def open_validation(folder: str, scale: int) -> ImageDataset:
 def network_scores(
     network: ShuffleMixer, images: ImageDataset, ranks: Ranks, stop: StopRequest, note: Note
 ) -> Scores | None:
-    """Average a network's scores over all images, each scored by one rank; None in all ranks if one is to stop.
+    """Return a network's mean scores over all images; None on all ranks if one is asked to stop.
 
-    A border as wide as the scale is left out. `note` is told once where images are enlarged tile by tile.
+    Each rank scores a part of the images. A border as wide as the scale is excluded. `note` is called once if images
+    are enlarged in tiles.
     """
-    return _shared(fitting_upscaler(network, ranks.device, note), images, ranks, stop)
+    return _mean_scores(fitting_upscaler(network, ranks.device, note), images, ranks, stop)
 
 
 def bicubic_scores(images: ImageDataset, ranks: Ranks, stop: StopRequest) -> Scores | None:
-    """The same of bicubic enlargement."""
-    return _shared(bicubic_upscaler(images.scale), images, ranks, stop)
+    """Return the scores of bicubic enlargement, computed like `network_scores`."""
+    return _mean_scores(bicubic_upscaler(images.scale), images, ranks, stop)
 
 
 def fitting_upscaler(network: ShuffleMixer, device: torch.device, note: Note) -> Upscaler:
-    """Enlarge images as a whole, or tile by tile, ever smaller, where memory does not suffice.
+    """Return an upscaler that enlarges images whole if memory allows, else in tiles, halving them until they fit.
 
-    Raises MemoryError where the smallest tile does not fit.
+    It raises MemoryError if the smallest tile does not fit.
     """
-    said: list[str] = []
+    noted = False
 
     def upscale(lr: Image) -> Image:
+        nonlocal noted
         height, width = lr.shape[:2]
         for tiling in _tilings(network, device, height, width):
-            if tiling is not None and not said:
-                said.append(
-                    f"images to validate on that do not fit into memory ({height} × {width} in LR) are enlarged "
-                    f"tile by tile, {tiling.tile} pixels wide"
+            if tiling is not None and not noted:
+                note(
+                    f"validation images too large for memory ({height} × {width} LR pixels) are enlarged in tiles of "
+                    f"{tiling.tile} × {tiling.tile}"
                 )
-                note(said[0])
+                noted = True
             try:
                 return network_upscaler(network, device, tiling=tiling)(lr)
             except (RuntimeError, MemoryError) as error:
@@ -82,16 +84,14 @@ def fitting_upscaler(network: ShuffleMixer, device: torch.device, note: Note) ->
                     raise
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        raise MemoryError(
-            f"expected memory to validate an image of {height} × {width} pixels, at once or in tiles, got none"
-        )
+        raise MemoryError(f"out of memory for a validation image of {height} × {width} LR pixels, even in tiles")
 
     return upscale
 
 
 def _tilings(network: ShuffleMixer, device: torch.device, height: int, width: int) -> Iterator[Tiling | None]:
-    """Ways to enlarge an image, from the fastest to the one that takes the least memory."""
-    # A GPU says that memory ran out; a machine kills the process, so there it is not tried.
+    """Yield ways to enlarge an image, from the fastest to the one with the least memory; None: as a whole."""
+    # Running out of GPU memory raises an error, but on the CPU the system kills the process: estimate there.
     per_pixel = forward_bytes_per_pixel(network)
     needed = height * width * per_pixel
     free = available_memory()
@@ -99,7 +99,7 @@ def _tilings(network: ShuffleMixer, device: torch.device, height: int, width: in
     if fits:
         yield None
     tile, overlap = max(height, width) // 2, receptive_radius(network)
-    if overlap is None:  # tiles of such a network would not be what the whole image gives: that is tried in any case
+    if overlap is None:  # tiles would change the result: always enlarge the whole image
         if not fits:
             yield None
         return
@@ -111,21 +111,21 @@ def _tilings(network: ShuffleMixer, device: torch.device, height: int, width: in
     yield Tiling(MIN_TILE // 2, overlap)
 
 
-def _shared(upscale: Upscaler, images: ImageDataset, ranks: Ranks, stop: StopRequest) -> Scores | None:
+def _mean_scores(upscale: Upscaler, images: ImageDataset, ranks: Ranks, stop: StopRequest) -> Scores | None:
     scores = torch.zeros((len(images), 4), dtype=torch.float64)
     mine = range(ranks.rank, len(images), ranks.world_size)
-    with ranks.united():
+    with ranks.fail_together():
         for number, result in zip(mine, score_pairs(upscale, shard_pairs(images, mine), images.scale), strict=False):
             scores[number] = torch.tensor(astuple(result.scores), dtype=torch.float64)
             if stop:
                 break
     if ranks.any_of(bool(stop))[0]:
         return None
-    return mean_scores(Scores(*row) for row in ranks.total(scores).tolist())
+    return mean_scores(Scores(*row) for row in ranks.sum(scores).tolist())
 
 
 def draw_sheet(network: ShuffleMixer, images: ImageDataset, ranks: Ranks, path: Path) -> None:
-    """Draw what the network, and bicubic enlargement, make of the first images."""
+    """Draw a sheet of the first images: LR, bicubic, network and HR."""
     upscale, bicubic = fitting_upscaler(network, ranks.device, lambda _: None), bicubic_upscaler(images.scale)
     path.parent.mkdir(exist_ok=True)
     some = shard_pairs(images, range(min(SHEET_ROWS, len(images))))

@@ -1,4 +1,4 @@
-"""Curves: what is read of a log, what is drawn of it, and logs that runs leave when they are killed."""
+"""Curves: reading logs, including those of killed runs, and drawing them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 from helpers import ROOT
 
 from model.evaluate import curves
-from model.evaluate.curves import Curves, CurvesError, draw, main, read_curves, write_curves
+from model.evaluate.curves import Curves, draw, main, read_curves, write_curves
+from model.run_log import LogError
 
 
 def write_log(path: Path, *records: Any, tail: str = "") -> Path:
@@ -42,7 +43,7 @@ def pixels(data: bytes) -> np.ndarray[Any, Any]:
     return image
 
 
-def test_a_log_is_read(tmp_path: Path) -> None:
+def test_log_is_read(tmp_path: Path) -> None:
     log = write_log(tmp_path / "metrics.jsonl", *RECORDS)
     assert read_curves(log) == Curves({100: 0.5, 200: 0.25}, {200: 28.0}, 28.42)
 
@@ -59,10 +60,10 @@ def test_scores_of_the_last_dataset_are_drawn(tmp_path: Path) -> None:
     assert read_curves(log) == Curves({}, {100: 29.0, 200: 30.0, 400: 31.0}, 28.0)
 
 
-def test_lines_of_killed_runs_are_passed_over(tmp_path: Path) -> None:
+def test_incomplete_lines_of_killed_runs_are_skipped(tmp_path: Path) -> None:
     log = write_log(tmp_path / "metrics.jsonl", *RECORDS, tail='{"iteration": 300, "loss": 0.')
     assert read_curves(log) == Curves({100: 0.5, 200: 0.25}, {200: 28.0}, 28.42)
-    with log.open("a") as file:  # a resumed run went on behind it
+    with log.open("a") as file:  # a resumed run appended to it
         file.write(
             '{"iteration": 300, "loss": 0.2}\n{"iteration": 200, "loss": 0.3}\n{"iteration": 400, "loss": 0.1}\n'
         )
@@ -78,10 +79,10 @@ def test_lines_of_killed_runs_are_passed_over(tmp_path: Path) -> None:
         ('{"iteration": true, "psnr_y": 1}\n', "line 1: iteration: expected a whole number, got True"),
     ],
 )
-def test_what_is_no_log_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_logs_are_refused(text: str, message: str, tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     log.write_text(text)
-    with pytest.raises(CurvesError, match=message):
+    with pytest.raises(LogError, match=message):
         read_curves(log)
     result = run(log, "--out", tmp_path / "curves.png")
     assert result.exit_code == 1
@@ -90,14 +91,14 @@ def test_what_is_no_log_is_refused(text: str, message: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kept", [RECORDS, RECORDS[:1], RECORDS[1:2], ()], ids=["all", "bicubic", "one loss", "none"])
-def test_curves_are_written_whole(kept: tuple[Any, ...], tmp_path: Path) -> None:
+def test_curves_are_written_atomically(kept: tuple[Any, ...], tmp_path: Path) -> None:
     log = write_log(tmp_path / "metrics.jsonl", *kept)
     assert write_curves(log, tmp_path / "curves.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
     assert pixels((tmp_path / "curves.png").read_bytes()).min() < 100
 
 
-def test_numbers_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
+def test_non_finite_values_leave_gaps(tmp_path: Path) -> None:
     losses = [1.0, float("nan"), float("inf"), 0.5, -1.0]
     write_log(tmp_path / "metrics.jsonl", *({"iteration": i, "loss": loss} for i, loss in enumerate(losses)))
     assert write_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
@@ -106,7 +107,7 @@ def test_numbers_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
 
 
 def test_every_part_is_drawn() -> None:
-    """Each curve, and bicubic's line, changes its own half of the picture and no other."""
+    """Each curve and bicubic's line change only their own half of the picture."""
     loss, psnr = {1: 1.0, 2: 0.5, 3: 0.4}, {1: 20.0, 2: 25.0, 3: 26.0}
     whole = pixels(draw({"a": Curves(loss, psnr, 24.0)}, "png"))
     middle = whole.shape[1] // 2
@@ -132,7 +133,7 @@ def test_without_matplotlib_nothing_is_written(tmp_path: Path, monkeypatch: pyte
     assert "pip install 'srshards[plots]'" in result.stderr
 
 
-def test_drawing_leaves_matplotlib_as_it_is(tmp_path: Path) -> None:
+def test_drawing_does_not_change_matplotlibs_settings(tmp_path: Path) -> None:
     log = write_log(tmp_path / "metrics.jsonl", *RECORDS)
     code = (
         "import sys; from pathlib import Path; from model.evaluate.curves import write_curves\n"
@@ -155,7 +156,7 @@ def test_several_runs_in_one_picture(suffix: str, tmp_path: Path) -> None:
     assert out.stat().st_size > 5000
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_equal_names_are_labelled_by_path(tmp_path: Path) -> None:
     runs = [tmp_path / place / "run" for place in ("a", "b")]
     for place in runs:
         write_log(place / "metrics.jsonl", *RECORDS)
@@ -167,7 +168,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     log = write_log(tmp_path / "metrics.jsonl", *RECORDS)
     for arguments, code, message in (
         ([], 2, "Missing argument"),
-        ([log, "--out", tmp_path / "curves.txt"], 2, "expected a name that ends in one of .png, .pdf, .svg"),
+        ([log, "--out", tmp_path / "curves.txt"], 2, "expected a file name ending in one of .png, .pdf, .svg"),
         ([tmp_path / "absent"], 1, "absent: No such file"),
         ([log, "--out", log / "curves.png"], 1, "metrics.jsonl: File exists"),
     ):

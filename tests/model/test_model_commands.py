@@ -18,6 +18,7 @@ from helpers import ROOT, photograph
 from PIL import Image as Pillow
 
 from loader.errors import ShardsError
+from model import run_log
 from model.checkpoints import load_checkpoint
 from model.enlarge import export, upscale
 from model.enlarge.allocator import keep_freed_memory
@@ -297,17 +298,17 @@ def test_malformed_logs_are_rejected(tmp_path: Path) -> None:
     )
     assert curves.read_curves(log).loss == {1: 0.5}
     for line, message in (
-        ('{"iteration": 1, "loss": 1' + "0" * 400 + "}", "loss: expected a number, got a int"),
-        ('{"iteration": 1' + "0" * 400 + ', "loss": 1}', "iteration: expected a whole number, got a int"),
+        ('{"iteration": 1, "loss": 1' + "0" * 400 + "}", "loss: expected a number, got a value of type int"),
+        ('{"iteration": 1' + "0" * 400 + ', "loss": 1}', "iteration: expected a whole number, got a value of type int"),
         ('{"iteration": "\\u001b[31m", "loss": 1}', "iteration: expected a whole number, got "),
-        ('{"iteration": {}, "loss": 1}', "iteration: expected a whole number, got a dict"),
+        ('{"iteration": {}, "loss": 1}', "iteration: expected a whole number, got a value of type dict"),
     ):
         log.write_text(good + line + "\n")
         result = run(curves, log, "--out", tmp_path / "c.png")
         assert result.exit_code == 1
         assert message in result.stderr
         assert "\x1b" not in result.stderr
-    os.truncate(log, curves.MAX_LOG + 1)
+    os.truncate(log, run_log.MAX_LOG + 1)
     assert "more than" in run(curves, log, "--out", tmp_path / "c.png").stderr
     log.unlink()
     os.mkfifo(log)

@@ -31,7 +31,7 @@ prep.imresize
 prep.commands
 prep.cli
 model
-model.config model.losses model.metrics model.device
+model.config model.losses model.metrics model.device model.run_log
 model.layers
 model.cpu
 model.shufflemixer

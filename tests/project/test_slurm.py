@@ -1,4 +1,4 @@
-"""The batch scripts, run for real with stand-ins for Slurm's commands and for train.py."""
+"""The batch scripts, run with stubs for Slurm's commands and train.py, and once with the real train.py."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from helpers import ROOT, photograph, write_image
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 TRAIN, BUILD = (ROOT / "slurm" / name for name in ("train.sbatch", "build-shards.sbatch"))
 
-# Runs its tasks as srun does: an environment for each, signals sent on to all, the highest exit code, and the end of
-# all tasks after a bad one.
+# Runs tasks like srun: sets their environment, forwards signals, kills all after a failure, and exits with the highest
+# code.
 SRUN = """#!{python}
 import os, signal, subprocess, sys, time
 options, words = dict(), sys.argv[1:]
@@ -36,8 +36,8 @@ def forward(number, frame):
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, forward)
 for rank in range(tasks):
-    place = dict(SLURM_PROCID=rank, SLURM_LOCALID=rank % per_node, SLURM_NODEID=rank // per_node, SLURM_NTASKS=tasks)
-    running.append(subprocess.Popen(words, env=os.environ | {{name: str(value) for name, value in place.items()}}))
+    env = dict(SLURM_PROCID=rank, SLURM_LOCALID=rank % per_node, SLURM_NODEID=rank // per_node, SLURM_NTASKS=tasks)
+    running.append(subprocess.Popen(words, env=os.environ | {{name: str(value) for name, value in env.items()}}))
 with open({log!r}, "a") as file:
     print("srun", tasks, words[0], file=file)
 while any(task.poll() is None for task in running):
@@ -51,8 +51,8 @@ SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> {log}
 [[ $1 != show ]] || printf '%s\\n' localhost other
 """
-# Says what it was given; ends, waits for a signal, or fails, as MODE tells.
-STAND_IN = """
+# Records its flags and environment; exits, waits for a signal or fails, depending on MODE.
+STUB = """
 import json, os, pathlib, signal, sys, time
 flags = sys.argv[1:]
 rank = os.environ["RANK"]
@@ -83,11 +83,11 @@ if rank == "0":
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_sound(script: Path) -> None:
+def test_scripts_are_valid(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
     lines = script.read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
-    assert not [line for line in lines[first:] if line.startswith("#SBATCH")]  # Slurm would not read them
+    assert not [line for line in lines[first:] if line.startswith("#SBATCH")]  # Slurm would ignore them
     assert sum(line.startswith("#SBATCH") for line in lines[:first]) > 5
     if checker := shutil.which("shellcheck"):
         found = subprocess.run([checker, script], capture_output=True, text=True, check=False)
@@ -100,17 +100,17 @@ def write_program(path: Path, text: str) -> None:
 
 
 class Cluster:
-    """A folder to submit from, with stand-ins for Slurm's commands on PATH."""
+    """A folder to submit from, with stubs for Slurm's commands on PATH."""
 
     def __init__(self, folder: Path, nodes: int = 1, tasks_per_node: int = 2) -> None:
         self.folder, self.out, self.log = folder, folder / "a run", folder / "slurm.log"
-        self.job = str(os.getpid())  # the port follows from it: another run of these tests must have another
+        self.job = str(os.getpid())  # determines the port, which concurrent test runs must not share
         self.programs, self.shards, self.scratch = (folder / name for name in ("bin", "my shards", "scratch"))
         for place in (self.programs, self.shards / "deep", self.scratch):
             place.mkdir(parents=True)
         for name in ("index.json", "shard-00000.h5", "deep/x"):
             (self.shards / name).write_text(name)
-        (folder / "train.py").write_text(STAND_IN)
+        (folder / "train.py").write_text(STUB)
         write_program(self.programs / "srun", SRUN.format(python=sys.executable, log=str(self.log)))
         write_program(self.programs / "scontrol", SCONTROL.format(log=self.log))
         self.environment = {
@@ -125,7 +125,7 @@ class Cluster:
         }
 
     def start(self, mode: str, *flags: str | Path, **environment: str) -> subprocess.Popen[str]:
-        """Start the batch script as Slurm does: in the folder that it was submitted from, from a copy."""
+        """Start a copy of the batch script in the folder of submission, as Slurm does."""
         script = shutil.copy(TRAIN, self.folder / "slurm_script")
         return subprocess.Popen(
             ["bash", script, *(flags or ("--shards", self.shards, f"--out={self.out}", "--scale", "2"))],
@@ -137,11 +137,11 @@ class Cluster:
         )
 
     def run(self, mode: str, *flags: str | Path, **environment: str) -> tuple[int, str]:
-        """Run the batch script to its end; give its exit code and what it said."""
+        """Run the batch script; return its exit code and standard error."""
         return self.end(self.start(mode, *flags, **environment))
 
     def end(self, batch: subprocess.Popen[str]) -> tuple[int, str]:
-        """Wait for the batch script; after a minute, kill it and all that it started."""
+        """Wait for the batch script; after a minute, kill it and its children."""
         try:
             _, errors = batch.communicate(timeout=60)
         except subprocess.TimeoutExpired:
@@ -151,16 +151,16 @@ class Cluster:
         return batch.returncode, errors
 
     def training(self, ranks: int = 2) -> None:
-        """Wait until all ranks are under way."""
+        """Wait until all ranks are running."""
         wait_for(lambda: len(list(self.out.glob("*.json"))) == ranks)
 
     def given(self, rank: int) -> dict[str, Any]:
-        """What a rank was given."""
+        """Return the flags and environment of a rank."""
         content: dict[str, Any] = json.loads((self.out / f"{rank}.json").read_text())
         return content
 
     def requeued(self) -> bool:
-        """Whether the job was put back into the queue."""
+        """Return True if the job was requeued."""
         return f"scontrol requeue {self.job}" in self.log.read_text().splitlines()
 
 
@@ -176,7 +176,7 @@ def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
-def test_ranks_know_their_places(tmp_path: Path) -> None:
+def test_ranks_get_their_environment(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, nodes=2)
     assert cluster.run("finish") == (0, "")
     expected = ["--shards", str(cluster.shards), f"--out={cluster.out}", "--scale", "2", "--resume", "auto"]
@@ -194,8 +194,8 @@ def test_ranks_know_their_places(tmp_path: Path) -> None:
     assert not cluster.requeued()
 
 
-def test_near_the_time_limit_it_saves_and_is_requeued(cluster: Cluster) -> None:
-    for _ in range(2):  # requeued, it does so again: the checkpoint is a new one each time
+def test_a_job_near_its_time_limit_saves_and_is_requeued(cluster: Cluster) -> None:
+    for _ in range(2):  # again after requeueing: each time with a new checkpoint
         batch = cluster.start("wait")
         cluster.training()
         batch.send_signal(signal.SIGUSR1)
@@ -212,7 +212,7 @@ def test_near_the_time_limit_it_saves_and_is_requeued(cluster: Cluster) -> None:
     assert not cluster.requeued()
 
 
-def test_what_finishes_near_the_time_limit_is_not_requeued(cluster: Cluster) -> None:
+def test_a_run_that_finishes_near_the_time_limit_is_not_requeued(cluster: Cluster) -> None:
     batch = cluster.start("finish late")
     cluster.training()
     batch.send_signal(signal.SIGUSR1)
@@ -221,7 +221,7 @@ def test_what_finishes_near_the_time_limit_is_not_requeued(cluster: Cluster) -> 
     assert not cluster.requeued()
 
 
-def test_without_progress_it_is_not_requeued(cluster: Cluster) -> None:
+def test_a_job_without_progress_is_not_requeued(cluster: Cluster) -> None:
     batch = cluster.start("forget")
     cluster.training()
     batch.send_signal(signal.SIGUSR1)
@@ -233,7 +233,7 @@ def test_without_progress_it_is_not_requeued(cluster: Cluster) -> None:
 
 def test_a_failure_is_not_requeued(cluster: Cluster) -> None:
     code, errors = cluster.run("crash")
-    assert code == 137  # the other rank, which srun killed after the first
+    assert code == 137  # of the other rank, killed by srun
     assert "ended with status 137 before all iterations were done" in errors
     assert not cluster.requeued()
 
@@ -241,10 +241,10 @@ def test_a_failure_is_not_requeued(cluster: Cluster) -> None:
 def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster) -> None:
     batch = cluster.start("wait")
     cluster.training()
-    batch.send_signal(signal.SIGTERM)  # what Slurm sends to the shell
+    batch.send_signal(signal.SIGTERM)  # as Slurm signals the shell
     time.sleep(0.2)
-    assert batch.poll() is None  # it stays until the tasks have saved
-    for rank in (0, 1):  # and to the tasks
+    assert batch.poll() is None  # waits for the tasks to save
+    for rank in (0, 1):  # as Slurm signals the tasks
         os.kill(cluster.given(rank)["pid"], signal.SIGTERM)
     code, errors = cluster.end(batch)
     assert code == 1
@@ -254,13 +254,13 @@ def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster) -> None:
 
 
 def real_shards(cluster: Cluster, source: Path) -> list[str]:
-    """Put a dataset into the cluster's folder of shards, beside what is none of it; give the dataset's files."""
+    """Copy a dataset into the cluster's shards folder, next to other files and links; return its file names."""
     (cluster.shards / "shard-00000.h5").unlink()
     for path in source.iterdir():
         shutil.copy(path, cluster.shards)
     names = sorted(path.name for path in source.iterdir())
     (cluster.shards / "shard-00000.h5").rename(cluster.shards / "pixels")
-    (cluster.shards / "shard-00000.h5").symlink_to("pixels")  # within the folder: it may be
+    (cluster.shards / "shard-00000.h5").symlink_to("pixels")  # a link within the folder is allowed
     (cluster.shards / "shard-00009.h5").symlink_to(cluster.folder / "train.py")  # not in the index
     (cluster.shards / "home").symlink_to(cluster.folder)
     return names
@@ -268,7 +268,7 @@ def real_shards(cluster: Cluster, source: Path) -> list[str]:
 
 @pytest.mark.parametrize("variable", ["SLURM_TMPDIR", "TMPDIR"])
 def test_shards_are_staged_when_asked(cluster: Cluster, training_shards: Path, variable: str) -> None:
-    """The dataset, and nothing that links in its folder lead to."""
+    """Only the dataset is copied, not the targets of other links in its folder."""
     names = real_shards(cluster, training_shards)
     before = sorted(path.name for path in cluster.shards.iterdir())
     code, errors = cluster.run("finish", STAGE="1", **{variable: str(cluster.scratch)})
@@ -291,7 +291,7 @@ def test_shards_are_read_in_place_unless_asked(cluster: Cluster) -> None:
 def test_shards_that_cannot_be_copied_are_read_in_place(cluster: Cluster, training_shards: Path) -> None:
     real_shards(cluster, training_shards)
     (cluster.shards / "shard-00001.h5").unlink()
-    (cluster.shards / "shard-00001.h5").symlink_to(training_shards / "shard-00001.h5")  # out of the folder
+    (cluster.shards / "shard-00001.h5").symlink_to(training_shards / "shard-00001.h5")  # outside the folder
     code, errors = cluster.run("finish", STAGE="1", TMPDIR=str(cluster.scratch))
     assert code == 0
     assert "shard-00001.h5: file: expected a file in this folder, got a link to " in errors
@@ -300,7 +300,7 @@ def test_shards_that_cannot_be_copied_are_read_in_place(cluster: Cluster, traini
     assert not list(cluster.scratch.iterdir())
 
 
-def test_without_a_place_shards_are_read_in_place(cluster: Cluster) -> None:
+def test_without_local_storage_shards_are_read_in_place(cluster: Cluster) -> None:
     code, errors = cluster.run("finish", STAGE="1")
     assert code == 0
     assert f"neither SLURM_TMPDIR nor TMPDIR is set: reading {cluster.shards} in place" in errors
@@ -320,14 +320,14 @@ def test_missing_flags_are_refused(cluster: Cluster, flags: tuple[str, ...], mes
     assert not cluster.log.exists()
 
 
-def test_elsewhere_than_in_the_checkout_it_is_refused(cluster: Cluster) -> None:
+def test_submitting_outside_the_checkout_is_refused(cluster: Cluster) -> None:
     (cluster.folder / "train.py").unlink()
     code, errors = cluster.run("finish")
     assert code == 2
     assert f"expected to be submitted from the folder of train.py, got {cluster.folder}\n" in errors
 
 
-def test_a_real_training_goes_on_where_the_time_limit_stopped_it(cluster: Cluster, training_shards: Path) -> None:
+def test_a_real_training_resumes_after_the_time_limit(cluster: Cluster, training_shards: Path) -> None:
     (cluster.folder / "train.py").unlink()
     (cluster.folder / "train.py").symlink_to(TRAIN.parent.parent / "train.py")
     small = ["--lr-patch", "12", "--batch-size", "2", "--log-every", "1", "--device", "cpu", "--workers", "1"]
@@ -352,7 +352,7 @@ def test_a_real_training_goes_on_where_the_time_limit_stopped_it(cluster: Cluste
     assert not cluster.requeued()
 
 
-def test_shards_are_built_by_as_many_workers_as_cores(folder: Path, tmp_path: Path) -> None:
+def test_shards_are_built_with_a_worker_per_core(folder: Path, tmp_path: Path) -> None:
     prep = Path(sys.executable).with_name("prep")
     words = [str(folder), "--scale", "2", "--out", str(tmp_path / "shards")]
     write_program(tmp_path / "seen", f'#!/bin/bash\necho "$@" >&2\nexec {prep} "$@"\n')
@@ -362,7 +362,7 @@ def test_shards_are_built_by_as_many_workers_as_cores(folder: Path, tmp_path: Pa
     assert (tmp_path / "shards" / "index.json").exists()
 
 
-def test_a_build_near_its_time_limit_is_requeued_and_goes_on(tmp_path: Path) -> None:
+def test_a_build_near_its_time_limit_is_requeued_and_resumes(tmp_path: Path) -> None:
     for i in range(12):
         write_image(tmp_path / "in" / f"{i}.png", photograph(600, 800, seed=i))
     log = tmp_path / "slurm.log"

@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment, and go on: they end as if nothing had happened."""
+"""Training runs that are killed at random moments and resumed end with the same weights."""
 
 import random
 import subprocess
@@ -11,7 +11,7 @@ from trainings import command, finish, last, start
 
 
 def survive(shards: Path, folder: Path, kills: int, iterations: int, seed: int) -> tuple[int, int]:
-    """Kill a run so many times, let it end, compare; gives how often it was killed and went on from a checkpoint."""
+    """Kill and resume a run, compare it to an uninterrupted one, and return the numbers of kills and resumes."""
     flags = ["--iterations", iterations, "--checkpoint-every", 5, "--log-every", 10]
     flags += ["--valid-shards", str(shards), "--validate-every", 20]
     began = time.monotonic()
@@ -25,17 +25,17 @@ def survive(shards: Path, folder: Path, kills: int, iterations: int, seed: int) 
     words = [*command(shards, folder / "killed", *flags), "--resume", "auto"]
     while killed < kills:
         process = start(words)
-        # Any moment: while it starts, steps, saves, validates; and so that all kills come before the end.
+        # At any moment: while it starts, trains, saves or validates; but spread so that all kills come before the end.
         early = chance.random() < 0.3
         moment = chance.uniform(0, starting) if early else starting + chance.uniform(0, 1.5 * running / kills)
         try:
-            said = process.communicate(timeout=moment)[0]
+            output = process.communicate(timeout=moment)[0]
         except subprocess.TimeoutExpired:
             process.kill()
             killed += 1
-            resumed += "going on from" in process.communicate()[0]
+            resumed += "resuming from" in process.communicate()[0]
         else:
-            assert process.returncode == 0, said
+            assert process.returncode == 0, output
             break
     finish(start(words))
     one, other = last(folder / "whole"), last(folder / "killed")

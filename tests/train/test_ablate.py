@@ -1,4 +1,4 @@
-"""The ablation: its table and plot from made-up logs, its runs with a stand-in for train.py, and one for real."""
+"""The ablation: table and plot from made-up logs, runs of a stub train.py, and a real one."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from helpers import ROOT
 from model.shufflemixer import ShuffleMixer, ShuffleMixerConfig
 
 SCRIPT = ROOT / "examples" / "ablate.py"
-# Validates once, says what it was asked, and does what the flags of the variant at stake tell it to.
-STAND_IN = """
+# Records its flags and validates once; fails or hangs for certain variants.
+STUB = """
 import json, os, pathlib, signal, sys, time
 flags = sys.argv[1:]
 value = lambda name: flags[len(flags) - 1 - flags[::-1].index(name) + 1]
@@ -48,7 +48,7 @@ def load() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["ablate"] = module  # where dataclasses look their annotations up
+    sys.modules["ablate"] = module  # dataclasses resolve annotations here
     spec.loader.exec_module(module)
     return module
 
@@ -58,17 +58,17 @@ FULL, KERNEL_5, KERNEL_7, NO_SHUFFLE, NO_SPLIT, NO_FUSED, NO_NORM, NO_FFT = abla
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let the ablation run a stand-in for train.py; gives the folder for its --out."""
+def stub_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make the ablation run a stub train.py; return the folder for its --out."""
     path = tmp_path / "train.py"
-    path.write_text(STAND_IN)
+    path.write_text(STUB)
     monkeypatch.setattr(ablate, "TRAINER", path)
     return tmp_path / "out"
 
 
 @pytest.fixture(autouse=True)
 def _own_signals() -> Any:
-    """Signals are handled as before, after an ablation in this process."""
+    """Restore signal handlers after an ablation in this process."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield
     for number, handler in kept.items():
@@ -89,7 +89,7 @@ def network(**changes: Any) -> ShuffleMixer:
 
 
 def log(*psnr: float) -> list[dict[str, Any]]:
-    """A log of training and validation lines, every 10 iterations."""
+    """Return training and validation records, every 10 iterations."""
     entries: list[dict[str, Any]] = []
     for number, value in enumerate(psnr, 1):
         entries.append({"iteration": 10 * number, "loss": 0.1, "seconds_per_step": number / 10})
@@ -97,7 +97,7 @@ def log(*psnr: float) -> list[dict[str, Any]]:
     return entries
 
 
-def test_variants_are_one_for_each_claim() -> None:
+def test_one_variant_per_claim() -> None:
     names = ["full", "kernel-5", "kernel-7", "no-shuffle", "no-split", "no-fused", "no-norm", "no-fft"]
     assert [variant.name for variant in ablate.variants(3)] == names
     assert [variant.name for variant in ablate.variants(7)][:3] == ["full", "kernel-3", "kernel-5"]
@@ -116,12 +116,12 @@ def test_variants_are_one_for_each_claim() -> None:
         (NO_FFT, {}),
     ],
 )
-def test_flags_of_a_variant_change_what_it_says(variant: Any, changes: dict[str, Any]) -> None:
+def test_variant_flags_change_the_network(variant: Any, changes: dict[str, Any]) -> None:
     flags = ["--shards", "s", "--out", "o", "--scale", "2", "--model", "base", *variant.flags]
     assert ablate.network_of(flags) == ShuffleMixerConfig.preset("base", 2, **changes)
 
 
-def test_table_holds_the_last_scores_and_differences() -> None:
+def test_table_shows_final_scores_and_differences() -> None:
     results = [
         ablate.summarise(FULL, network(), log(30.0, 33.125, 34.5), 30),
         ablate.summarise(NO_FUSED, network(fused=False), log(30.0, 32.0, 33.25), 30),
@@ -141,12 +141,12 @@ def test_table_holds_the_last_scores_and_differences() -> None:
     assert {line.count("|") for line in lines[2:8]} == {10}
 
 
-def test_without_the_full_network_there_is_no_difference() -> None:
+def test_no_difference_without_the_full_network() -> None:
     text = ablate.table("A title", [ablate.summarise(NO_FFT, network(), log(30.0), 10)])
     assert "| 30.000 | 0.9500 | 28.000 | – | 0.1000 |" in text
 
 
-def test_bicubic_stands_below_where_a_log_has_it() -> None:
+def test_bicubic_is_the_last_row() -> None:
     bicubic = {"bicubic_psnr_y": 25.5, "bicubic_ssim_y": 0.8, "bicubic_psnr_rgb": 24.25}
     entries = [{"iteration": 10, **bicubic}, *log(30.0)]
     results = [ablate.summarise(NO_FFT, network(), log(30.0), 10), ablate.summarise(FULL, network(), entries, 10)]
@@ -155,7 +155,7 @@ def test_bicubic_stands_below_where_a_log_has_it() -> None:
     assert len(rows) == 4
 
 
-def test_plot_has_a_line_for_each_variant_that_was_validated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_has_a_line_per_validated_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure
     drawn: list[Any] = []
     save = figure.savefig
@@ -176,94 +176,94 @@ def test_plot_has_a_line_for_each_variant_that_was_validated(monkeypatch: pytest
     assert lines == {"full": [[10, 30], [20, 31]], "no-fft": [[10, 29]], "bicubic": [[0, 25.5], [1, 25.5]]}
 
 
-def test_without_matplotlib_there_is_a_table_alone(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_only_the_table_is_written(stub_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablate, "can_draw", lambda: False)
-    result = invoke(stand_in, "--variants", "full")
+    result = invoke(stub_out, "--variants", "full")
     assert result.exit_code == 0
     assert "ablation.png needs matplotlib: pip install 'srshards[plots]'\n" in result.stderr
-    assert sorted(path.name for path in stand_in.iterdir()) == ["calls", "flags.json", "full", "table.md"]
+    assert sorted(path.name for path in stub_out.iterdir()) == ["calls", "flags.json", "full", "table.md"]
 
 
-def test_runs_differ_in_the_variants_flags_alone(stand_in: Path) -> None:
-    result = invoke(stand_in, "--variants", "no-fft,full,kernel-5", "--seed", 7, "--", "--batch-size", 2)
+def test_runs_differ_only_in_the_variants_flags(stub_out: Path) -> None:
+    result = invoke(stub_out, "--variants", "no-fft,full,kernel-5", "--seed", 7, "--", "--batch-size", 2)
     assert result.exit_code == 0, result.output
     common = shlex.split("--batch-size 2 --shards s --valid-shards v --scale 2 --seed 7 --iterations 4")
-    for call, variant in zip(calls(stand_in), (FULL, KERNEL_5, NO_FFT), strict=True):
-        out = str(stand_in / variant.name)
+    for call, variant in zip(calls(stub_out), (FULL, KERNEL_5, NO_FFT), strict=True):
+        out = str(stub_out / variant.name)
         assert call == [variant.name, *common, *variant.flags, "--out", out, "--resume", "auto"]
-    text = (stand_in / "table.md").read_text()
+    text = (stub_out / "table.md").read_text()
     assert text.startswith("# Ablation at x2 after 4 iterations (seed 7)")
     assert text.count("| 31.000 | 0.9100 | 30.000 | +0.000 | 0.5000 |") == 3
-    assert text.endswith(f"\nEach: `train.py {shlex.join(common)}` and the variant's own flags.\n")
+    assert text.endswith(f"\nEach: `train.py {shlex.join(common)}` plus the variant's own flags.\n")
     assert text.partition("\nEach:")[0] in result.stdout
 
 
-def test_a_failure_is_said_and_the_others_go_on(stand_in: Path) -> None:
-    result = invoke(stand_in, "--variants", "full,no-shuffle,no-fused")
+def test_a_failure_is_reported_and_the_others_run(stub_out: Path) -> None:
+    result = invoke(stub_out, "--variants", "full,no-shuffle,no-fused")
     assert result.exit_code == 1
     assert "no-shuffle: failed with exit code 3\n" in result.stderr
     assert "Error: 1 of 3 variants failed: no-shuffle\n" in result.stderr
-    text = (stand_in / "table.md").read_text()
+    text = (stub_out / "table.md").read_text()
     assert "| no-shuffle | no channel shuffle (failed with exit code 3) |" in text
     assert "| 30.000 | 0.9100 | 30.000 | -1.000 | 0.5000 |" in text
 
 
-def test_complete_variants_are_not_run_again(stand_in: Path) -> None:
+def test_complete_variants_are_not_run_again(stub_out: Path) -> None:
     def run(*words: str | int) -> list[str]:
-        (stand_in / "calls").unlink(missing_ok=True)
-        result = invoke(stand_in, *words)
+        (stub_out / "calls").unlink(missing_ok=True)
+        result = invoke(stub_out, *words)
         assert result.exit_code == 0, result.output
-        return [call[0] for call in calls(stand_in)] if (stand_in / "calls").exists() else []
+        return [call[0] for call in calls(stub_out)] if (stub_out / "calls").exists() else []
 
     assert run("--variants", "full,no-fft") == ["full", "no-fft"]
     assert run("--variants", "full,no-fft,no-fused") == ["no-fused"]
     assert run("--variants", "full,no-fft") == []
-    (stand_in / "full" / "finished").unlink()
+    (stub_out / "full" / "finished").unlink()
     assert run("--variants", "full,no-fft") == ["full"]
     assert run("--variants", "full,no-fft", "--iterations", 8) == ["full", "no-fft"]
-    result = invoke(stand_in, "--variants", "full")
+    result = invoke(stub_out, "--variants", "full")
     assert result.exit_code == 1
-    assert f"{stand_in / 'full'} holds 8 iterations already, expected 4 at most" in result.stderr
+    assert f"{stub_out / 'full'}: expected at most 4 iterations, got 8" in result.stderr
 
 
-def test_a_folder_keeps_to_its_flags(stand_in: Path) -> None:
-    assert invoke(stand_in, "--variants", "full").exit_code == 0
-    result = invoke(stand_in, "--variants", "full", "--seed", 1)
+def test_other_flags_in_the_same_folder_are_refused(stub_out: Path) -> None:
+    assert invoke(stub_out, "--variants", "full").exit_code == 0
+    result = invoke(stub_out, "--variants", "full", "--seed", 1)
     assert result.exit_code == 1
-    assert "--seed 1, got --shards s --valid-shards v --scale 2 --seed 0; take another --out" in result.stderr
-    assert len(calls(stand_in)) == 1
+    assert "--seed 1, got --shards s --valid-shards v --scale 2 --seed 0; use another --out" in result.stderr
+    assert len(calls(stub_out)) == 1
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--variants", "full,half"), "expected some of full, kernel-5,"),
+        (("--variants", "full,half"), "expected one or more of full, kernel-5,"),
         (("--", "--kernel-size", "4"), "kernel_size must be odd, got 4"),
         (("--", "--model", "huge"), "'huge' is not one of 'tiny', 'base'"),
         (("--iterations", 0), "0 is not in the range x>=1"),
     ],
 )
-def test_wrong_usage_writes_nothing(stand_in: Path, words: tuple[str | int, ...], message: str) -> None:
-    result = invoke(stand_in, *words)
+def test_wrong_usage_writes_nothing(stub_out: Path, words: tuple[str | int, ...], message: str) -> None:
+    result = invoke(stub_out, *words)
     assert result.exit_code == 2
     assert message in result.stderr
-    assert not stand_in.exists()
+    assert not stub_out.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_lets_the_running_variant_save(stand_in: Path, number: signal.Signals) -> None:
+def test_a_signal_stops_the_running_variant(stub_out: Path, number: signal.Signals) -> None:
     code = (
         "import runpy, sys, pathlib\n"
         f"module = runpy.run_path({str(SCRIPT)!r})\n"
         f"module['train_variant'].__globals__['TRAINER'] = pathlib.Path({str(ablate.TRAINER)!r})\n"
         "module['main']()\n"
     )
-    flags = ["--shards", "s", "--valid-shards", "v", "--scale", "2", "--iterations", "4", "--out", str(stand_in)]
+    flags = ["--shards", "s", "--valid-shards", "v", "--scale", "2", "--iterations", "4", "--out", str(stub_out)]
     command = [sys.executable, "-c", code, *flags, "--variants", "full,no-norm,no-fft"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         deadline = time.monotonic() + 120
-        while not (stand_in / "waiting").exists():
+        while not (stub_out / "waiting").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -273,12 +273,12 @@ def test_a_signal_lets_the_running_variant_save(stand_in: Path, number: signal.S
         process.kill()
     assert process.returncode == 1
     assert "no-norm: stopped early\n" in errors
-    assert "stopped; the same command goes on" in errors
-    assert [call[0] for call in calls(stand_in)] == ["full", "no-norm"]
-    assert "| 31.000 |" in (stand_in / "table.md").read_text()
+    assert "stopped; run the same command again to resume" in errors
+    assert [call[0] for call in calls(stub_out)] == ["full", "no-norm"]
+    assert "| 31.000 |" in (stub_out / "table.md").read_text()
 
 
-def test_real_runs_are_compared(training_shards: Path, tmp_path: Path) -> None:
+def test_real_runs(training_shards: Path, tmp_path: Path) -> None:
     shards, out = str(training_shards), tmp_path / "out"
     flags = ["--shards", shards, "--valid-shards", shards, "--scale", "2", "--iterations", "2", "--out", str(out)]
     small = ["--", "--batch-size", "1", "--lr-patch", "12", "--log-every", "1", "--device", "cpu", "--workers", "1"]
@@ -296,11 +296,11 @@ def test_real_runs_are_compared(training_shards: Path, tmp_path: Path) -> None:
 
     again = CliRunner().invoke(ablate.main, [*flags, "--variants", "full,no-fused", *small])
     assert again.exit_code == 0
-    assert "$ " not in again.output  # nothing is run
+    assert "$ " not in again.output  # no command is run
 
 
-def test_scores_without_end_and_those_of_other_images() -> None:
-    """The log writes infinity as null; bicubic's scores are those of the images that the last ones are of."""
+def test_infinite_scores_and_those_of_other_images() -> None:
+    """The log writes infinity as null; bicubic's scores are taken from the dataset validated last."""
 
     def entry(valid: str, start: str, value: float | None) -> dict[str, Any]:
         scores = {f"{start}{name}": value for name in ("psnr_y", "ssim_y", "psnr_rgb")}

@@ -1,4 +1,4 @@
-"""Several processes train without a warning, of ours or of torch's: gradients have the layout that DDP expects."""
+"""Training on several ranks emits no warnings: gradients have the strides that DDP expects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import distributed, nn
 from model.training.ranks import Ranks
 
 class Odd(torch.autograd.Function):
-    "A gradient whose strides along sides of 1 are of its own, as some kernels of GPUs give them."
+    "A gradient with unusual strides along dimensions of size 1, as some CUDA operators return them."
     @staticmethod
     def forward(ctx, weight):
         return weight * 2
@@ -48,16 +48,16 @@ distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(("model", "kernels"), [("tiny", "1"), ("base", "1"), ("base", "0")])
-def test_two_ranks_warn_of_nothing(model: str, kernels: str, training_shards: Path, tmp_path: Path) -> None:
+def test_ddp_does_not_complain(model: str, kernels: str, training_shards: Path, tmp_path: Path) -> None:
     flags = ["--model", model, "--iterations", 2, "--log-every", 1, "--valid-shards", training_shards]
     words = command(training_shards, tmp_path / "a", *flags)
     torchrun = [words[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    said = finish(start([*torchrun, *words[1:]], SRSHARDS_KERNELS=kernels))[0]
-    assert "iteration 2/2" in said
-    assert not re.search(r"\bwarn|Warning", said), said
+    output = finish(start([*torchrun, *words[1:]], SRSHARDS_KERNELS=kernels))[0]
+    assert "iteration 2/2" in output
+    assert not re.search(r"\bwarn|Warning", output), output
 
 
-def test_gradients_of_any_strides_are_given_those_of_the_weights(tmp_path: Path) -> None:
+def test_gradients_get_the_strides_of_their_weights(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", ONE_RANK, str(tmp_path / "meet")],
         capture_output=True,

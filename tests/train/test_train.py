@@ -1,4 +1,4 @@
-"""The trainer: its stream of samples, steps, checkpoints, resuming, output and errors."""
+"""The trainer: steps, checkpoints, resuming, output and errors."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ import train
 from model.checkpoints import load_checkpoint
 from model.evaluate.evaluate import main as evaluate
 from model.losses import Losses
+from model.run_log import read_log
 from model.shufflemixer import ShuffleMixer
 from model.training import saving
-from model.training.progress import read_log
 from model.training.ranks import Ranks
 from model.training.settings import Config
 from model.training.state import ADAM_BETAS, State, from_checkpoint, new_state, to_checkpoint
@@ -61,8 +61,8 @@ def config(**changes: Any) -> Config:
     return Config(**settings | changes)
 
 
-def share(samples: int, side: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random bytes as a rank's share of a step."""
+def random_batch(samples: int, side: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a random uint8 batch."""
     generator = torch.Generator().manual_seed(seed)
     lr, hr = (
         torch.randint(0, 256, (samples, size, size, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
@@ -71,24 +71,24 @@ def share(samples: int, side: int = 8, seed: int = 0) -> tuple[torch.Tensor, tor
     return lr, hr
 
 
-def test_average_of_weights_is_warmed_up() -> None:
+def test_ema_is_warmed_up() -> None:
     state = new_state(config(), ALONE)
     before = state.network.tail.weight.detach().clone()
-    train.train_step(state, share(1), config(), ALONE)
+    train.train_step(state, random_batch(1), config(), ALONE)
     after = state.network.tail.weight.detach()
     assert not torch.equal(before, after)
     torch.testing.assert_close(state.ema.tail.weight, before + (1 - 2 / 11) * (after - before))
     state.iteration = 10**6
     average = state.ema.tail.weight.clone()
-    train.train_step(state, share(1), config(ema_decay=0.5), ALONE)
+    train.train_step(state, random_batch(1), config(ema_decay=0.5), ALONE)
     torch.testing.assert_close(state.ema.tail.weight, (average + state.network.tail.weight.detach()) / 2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_steps_learn(precision: str) -> None:
+def test_steps_reduce_the_loss(precision: str) -> None:
     settings = config(learning_rate=2e-3, precision=precision)
     state = new_state(settings, ALONE)
-    lr, _ = share(2)
+    lr, _ = random_batch(2)
     batch = lr, lr.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     done = [train.train_step(state, batch, settings, ALONE) for _ in range(60)]
     losses = [one.total.item() for one in done if one is not None]
@@ -99,11 +99,11 @@ def test_steps_learn(precision: str) -> None:
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("weights", [{}, {"l1_weight": 0.0, "charbonnier_weight": 1.0, "fft_amplitude_weight": 0.1}])
-def test_micro_batches_are_one_batch(micro_batch: int, recompute: bool, weights: dict[str, float]) -> None:
+def test_micro_batches_equal_one_batch(micro_batch: int, recompute: bool, weights: dict[str, float]) -> None:
     settings = config(**weights)
     whole, parts = new_state(settings, ALONE), new_state(config(activation_checkpointing=recompute), ALONE)
     parts.micro_batch = micro_batch
-    a, b = (train.train_step(state, share(5), settings, ALONE) for state in (whole, parts))
+    a, b = (train.train_step(state, random_batch(5), settings, ALONE) for state in (whole, parts))
     assert a is not None
     assert b is not None
     torch.testing.assert_close(a.total, b.total)
@@ -114,26 +114,26 @@ def test_micro_batches_are_one_batch(micro_batch: int, recompute: bool, weights:
 
 @pytest.mark.parametrize(("limit", "found"), [(100, 10), (9, 5), (5, 5), (3, 3), (2, 2), (1, 1)])
 def test_micro_batch_auto_finds_what_fits(limit: int, found: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    descend = train.descend
+    add_gradients = train.add_gradients
 
     def limited(forward: Any, state: State, batch: tuple[torch.Tensor, torch.Tensor], *rest: Any) -> Losses:
         if len(batch[0]) > limit:
             raise torch.OutOfMemoryError("a limit made for this test")
-        return descend(forward, state, batch, *rest)
+        return add_gradients(forward, state, batch, *rest)
 
-    monkeypatch.setattr(train, "descend", limited)
+    monkeypatch.setattr(train, "add_gradients", limited)
     settings = config(batch_size=10, lr_patch=8, micro_batch="auto")
     state = new_state(settings, ALONE)
     before = copy.deepcopy(state.network.state_dict())
     assert train.choose_micro_batch(state, settings, ALONE, search=True) == found
     assert all(torch.equal(before[name], value) for name, value in state.network.state_dict().items())
     state.micro_batch = found
-    assert train.train_step(state, share(10), settings, ALONE) is not None
+    assert train.train_step(state, random_batch(10), settings, ALONE) is not None
     assert train.choose_micro_batch(state, settings, ALONE, search=False) == 10
     assert train.choose_micro_batch(state, config(batch_size=10, micro_batch=40), ALONE, search=True) == 10
 
 
-def test_the_micro_batch_found_is_used_again() -> None:
+def test_found_micro_batch_is_reused() -> None:
     settings = config(batch_size=10, micro_batch="auto")
     state = new_state(settings, ALONE)
     state.micro_batch = 4
@@ -150,34 +150,34 @@ def test_the_micro_batch_found_is_used_again() -> None:
 
 
 def broken_network(state: State) -> None:
-    """Let a network give NaN for what is bright."""
+    """Make a network return NaN for bright input."""
     forward = state.network.forward
     state.network.forward = lambda lr: forward(lr) * torch.where(lr.mean() > 0.9, torch.nan, 1.0)  # type: ignore[method-assign]
 
 
-def test_steps_that_are_not_finite_change_nothing() -> None:
+def test_non_finite_steps_change_nothing() -> None:
     state = new_state(config(), ALONE)
-    train.train_step(state, share(2), config(), ALONE)
+    train.train_step(state, random_batch(2), config(), ALONE)
     broken_network(state)
     before = copy.deepcopy([state.network.state_dict(), state.ema.state_dict(), state.optimiser.state_dict()])
-    bright = tuple(torch.full_like(side, 255) for side in share(2))
+    bright = tuple(torch.full_like(side, 255) for side in random_batch(2))
     assert train.train_step(state, (bright[0], bright[1]), config(), ALONE) is None
     assert (state.iteration, state.skipped, state.skipped_in_row) == (2, 1, 1)
     after = [state.network.state_dict(), state.ema.state_dict(), state.optimiser.state_dict()]
     assert repr(before) == repr(after)
-    assert train.train_step(state, share(2), config(), ALONE) is not None
+    assert train.train_step(state, random_batch(2), config(), ALONE) is not None
     assert (state.iteration, state.skipped, state.skipped_in_row) == (3, 1, 0)
 
 
-def test_broken_steps_are_told_and_too_many_end_the_run(
+def test_non_finite_steps_are_reported_and_too_many_end_the_run(
     run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(train, "combined", lambda sr, *_: Losses(sr.mean() * torch.nan, {}))
     result = run("a", "--max-skipped", 2)
     assert result.exit_code == 1
-    assert "iteration 1: the loss or its gradients are not finite for samples 0 to 1; skipped, 1 steps" in result.stdout
+    assert "iteration 1: non-finite loss or gradients for samples 0 to 1; step skipped (1 so far)" in result.stdout
     assert "iteration 3" in result.stderr
-    assert "samples 4 to 5; 3 steps in a row, expected at most 2" in result.stderr
+    assert "samples 4 to 5; 3 such steps in a row, expected at most 2" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -228,7 +228,7 @@ def test_resumed_equals_uninterrupted(run: Callable[..., Result], tmp_path: Path
     assert parts["iteration"] == 6
 
 
-def test_seed_decides_everything(run: Callable[..., Result], tmp_path: Path) -> None:
+def test_seed_determines_the_run(run: Callable[..., Result], tmp_path: Path) -> None:
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run(out, "--seed", seed, "--iterations", 2).exit_code == 0
     a, b, c = (load_checkpoint(tmp_path / out / "checkpoints" / "last.pt").weights for out in "abc")
@@ -236,7 +236,7 @@ def test_seed_decides_everything(run: Callable[..., Result], tmp_path: Path) -> 
     assert not torch.equal(a["tail.weight"], c["tail.weight"])
 
 
-def test_resume_auto_starts_afresh_where_there_is_nothing(run: Callable[..., Result], tmp_path: Path) -> None:
+def test_resume_auto_starts_a_new_run_without_a_checkpoint(run: Callable[..., Result], tmp_path: Path) -> None:
     log = tmp_path / "a" / "metrics.jsonl"
     log.parent.mkdir()
     log.write_text("left by a run that was killed before its first checkpoint")
@@ -251,7 +251,7 @@ def test_a_run_is_not_overwritten(run: Callable[..., Result], tmp_path: Path) ->
     before = (tmp_path / "a" / "checkpoints" / "last.pt").read_bytes()
     result = run("a", "--iterations", 2)
     assert result.exit_code == 1
-    assert "a run is already there; add --resume auto" in result.stderr
+    assert "already holds a run; use --resume auto" in result.stderr
     assert (tmp_path / "a" / "checkpoints" / "last.pt").read_bytes() == before
 
 
@@ -261,8 +261,8 @@ def test_wrong_checkpoints_are_not_resumed(run: Callable[..., Result], tmp_path:
     torch.save({"params": ShuffleMixer.preset("tiny", 2).state_dict()}, tmp_path / "weights.pt")
     for flags, message in (
         (["--resume", tmp_path / "absent.pt"], "no such file"),
-        (["--resume", tmp_path / "weights.pt"], "expected a checkpoint of train.py, with iteration, config"),
-        (["--resume", whole, "--model", "base"], "network: features: 32 there, 64 asked for"),
+        (["--resume", tmp_path / "weights.pt"], "expected a train.py checkpoint with iteration, config"),
+        (["--resume", whole, "--model", "base"], "network: features: 32 in the checkpoint, 64 requested"),
     ):
         result = run("b", *flags)
         assert result.exit_code == 1
@@ -271,7 +271,7 @@ def test_wrong_checkpoints_are_not_resumed(run: Callable[..., Result], tmp_path:
 
 
 def test_failed_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saving.save(tmp_path / saving.name_of(1), {"params": {}}, keep=1)
+    saving.save(tmp_path / saving.checkpoint_name(1), {"params": {}}, keep=1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full(descriptor: int) -> None:
@@ -279,11 +279,11 @@ def test_failed_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        saving.save(tmp_path / saving.name_of(2), {"params": {}}, keep=1)
+        saving.save(tmp_path / saving.checkpoint_name(2), {"params": {}}, keep=1)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_settings_of_a_run_make_it_again(run: Callable[..., Result], tmp_path: Path) -> None:
+def test_config_toml_reproduces_a_run(run: Callable[..., Result], tmp_path: Path) -> None:
     assert run("a", "--iterations", 2, "--learning-rate", 1e-3).exit_code == 0
     result = run("b", "--config", tmp_path / "a" / "config.toml", "--iterations", 2)
     assert result.exit_code == 0, result.output
@@ -293,14 +293,14 @@ def test_settings_of_a_run_make_it_again(run: Callable[..., Result], tmp_path: P
     assert all(torch.equal(a["params"][name], b["params"][name]) for name in a["params"])
 
 
-def test_learning_rate_of_a_resumed_run_is_the_flags(run: Callable[..., Result], tmp_path: Path) -> None:
+def test_resumed_run_uses_the_learning_rate_flag(run: Callable[..., Result], tmp_path: Path) -> None:
     assert run("a", "--iterations", 3).exit_code == 0
     assert run("a", "--resume", "auto", "--learning-rate", 1e-3).exit_code == 0
     rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert rates == [5e-4, 5e-4, 1e-3, 1e-3]
 
 
-def test_what_came_after_the_last_checkpoint_comes_again_in_the_log(run: Callable[..., Result], tmp_path: Path) -> None:
+def test_log_entries_after_the_last_checkpoint_are_rewritten(run: Callable[..., Result], tmp_path: Path) -> None:
     assert run("a", "--iterations", 4, "--checkpoint-every", 2).exit_code == 0
     for name in ("iteration-00000004.pt", "last.pt"):
         (tmp_path / "a" / "checkpoints" / name).unlink()
@@ -312,7 +312,7 @@ def test_what_came_after_the_last_checkpoint_comes_again_in_the_log(run: Callabl
     assert log == [2, 4, 6]
 
 
-def test_the_newest_whole_checkpoint_is_taken(run: Callable[..., Result], tmp_path: Path) -> None:
+def test_resume_takes_the_newest_undamaged_checkpoint(run: Callable[..., Result], tmp_path: Path) -> None:
     assert run("a", "--checkpoint-every", 2, "--keep", 2).exit_code == 0
     folder = tmp_path / "a" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -334,7 +334,7 @@ def test_the_newest_whole_checkpoint_is_taken(run: Callable[..., Result], tmp_pa
     assert "iteration-00000008.pt: expected" in result.stderr
 
 
-def test_a_run_does_not_go_back_behind_its_newest_checkpoint(run: Callable[..., Result], tmp_path: Path) -> None:
+def test_resuming_from_an_older_checkpoint_is_refused(run: Callable[..., Result], tmp_path: Path) -> None:
     assert run("a", "--checkpoint-every", 3).exit_code == 0
     older = tmp_path / "a" / "checkpoints" / "iteration-00000003.pt"
     result = run("a", "--resume", older)
@@ -345,7 +345,7 @@ def test_a_run_does_not_go_back_behind_its_newest_checkpoint(run: Callable[..., 
     assert all(torch.equal(a["params"][name], b["params"][name]) for name in a["params"])
 
 
-def test_going_on_in_another_folder(run: Callable[..., Result], training_shards: Path, tmp_path: Path) -> None:
+def test_resuming_into_another_folder(run: Callable[..., Result], training_shards: Path, tmp_path: Path) -> None:
     assert run("a", "--iterations", 3).exit_code == 0
     flags = ["--valid-shards", str(training_shards), "--validate-every", 3]
     result = run("b", "--resume", tmp_path / "a" / "checkpoints" / "last.pt", *flags)
@@ -354,14 +354,14 @@ def test_going_on_in_another_folder(run: Callable[..., Result], training_shards:
     assert {"iteration-00000003.pt", "iteration-00000006.pt", "last.pt", "best.pt"} <= names
 
 
-def test_another_stream_is_not_gone_on_with(run: Callable[..., Result]) -> None:
+def test_resuming_with_another_seed_is_refused(run: Callable[..., Result]) -> None:
     assert run("a", "--iterations", 2).exit_code == 0
     result = run("a", "--resume", "auto", "--seed", 1)
     assert result.exit_code == 1
-    assert "--seed: 0 there, 1 asked for" in result.stderr
+    assert "--seed: 0 in the checkpoint, 1 requested" in result.stderr
 
 
-def test_more_iterations_can_be_asked_for(run: Callable[..., Result], tmp_path: Path) -> None:
+def test_a_finished_run_can_be_resumed(run: Callable[..., Result], tmp_path: Path) -> None:
     assert run("a", "--iterations", 3).exit_code == 0
     assert (tmp_path / "a" / "finished").exists()
     result = run("a", "--iterations", 3, "--resume", "auto")
@@ -370,10 +370,10 @@ def test_more_iterations_can_be_asked_for(run: Callable[..., Result], tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_signals_save_and_end_well(
+def test_signals_save_and_exit_with_code_0(
     name: str, run: Callable[..., Result], training_shards: Path, tmp_path: Path
 ) -> None:
-    """What a signal keeps from being validated is validated when the run goes on."""
+    """A validation skipped because of a signal is done after resuming."""
     flags = ["--iterations", 1000, "--log-every", 1, "--valid-shards", str(training_shards), "--validate-every", 2]
     with start(command(training_shards, tmp_path / "a", *flags, "--batch-size", 2)) as process:
         assert process.stdout is not None
@@ -396,7 +396,7 @@ def test_signals_save_and_end_well(
     assert validated[0] == validated[1]
 
 
-def test_small_images_are_named_and_can_be_skipped(run: Callable[..., Result]) -> None:
+def test_small_images_are_reported_and_can_be_skipped(run: Callable[..., Result]) -> None:
     result = run("a", "--lr-patch", 20)
     assert result.exit_code == 1
     assert "small" in result.stderr
@@ -405,7 +405,7 @@ def test_small_images_are_named_and_can_be_skipped(run: Callable[..., Result]) -
     assert result.exit_code == 0, result.output
 
 
-def test_bad_input_is_one_clear_line(run: Callable[..., Result], tmp_path: Path) -> None:
+def test_bad_input_is_a_one_line_error(run: Callable[..., Result], tmp_path: Path) -> None:
     for flags, message in (
         (["--shards", tmp_path / "absent"], "absent"),
         (["--scale", 4], "4"),
@@ -418,7 +418,7 @@ def test_bad_input_is_one_clear_line(run: Callable[..., Result], tmp_path: Path)
         assert not (tmp_path / "a").exists()
 
 
-def test_a_damaged_shard_is_one_clear_line(run: Callable[..., Result], training_shards: Path, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_a_one_line_error(run: Callable[..., Result], training_shards: Path, tmp_path: Path) -> None:
     shutil.copytree(training_shards, tmp_path / "copy")
     shard = next((tmp_path / "copy").glob("*.h5"))
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -1,4 +1,4 @@
-"""The parts of the trainer, each alone: settings, the schedule, the search for a micro-batch, the log."""
+"""Unit tests of the trainer's services: settings, schedule, search for a micro-batch, log."""
 
 import math
 import re
@@ -11,11 +11,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from model.training.memory import largest_part, peak_bytes, tried
-from model.training.progress import Progress, duration, read_log
-from model.training.ranks import Ranks, joined
+from model.run_log import read_log
+from model.training.memory import fits_in_memory, largest_micro_batch, peak_bytes
+from model.training.ranks import Ranks, join_ranks
+from model.training.reporter import Reporter, duration
 from model.training.settings import Config, learning_rate
-from model.training.sources import given, options, resolve, to_toml
+from model.training.settings_io import given_settings, resolve, setting_options, to_toml
 from model.training.stopping import StopRequest
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -27,10 +28,10 @@ def config(**changes: Any) -> Config:
 
 
 @click.command()
-@options
+@setting_options
 def show(**values: Any) -> None:
-    """Print the settings that were understood."""
-    click.echo(to_toml(resolve(given(click.get_current_context(), values), {}, {})))
+    """Print the resolved settings."""
+    click.echo(to_toml(resolve(given_settings(click.get_current_context(), values), {}, {})))
 
 
 def shown(*flags: str) -> Any:
@@ -67,7 +68,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("seed = -1", "--seed must be at least 0"),
     ],
 )
-def test_bad_files_of_settings(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_settings_files(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     file.write_text(text)
     result = shown("--config", str(file), "--shards", "s", "--scale", "2", "--out", "o")
@@ -84,39 +85,39 @@ def test_learning_rates() -> None:
     assert learning_rate(0, config()) == 5e-4
 
 
-@pytest.mark.parametrize("share", [1, 2, 7, 16, 64, 65])
-def test_the_largest_micro_batch_that_fits_is_found(share: int) -> None:
-    for limit in range(1, share + 2):
+@pytest.mark.parametrize("samples", [1, 2, 7, 16, 64, 65])
+def test_largest_micro_batch_is_found(samples: int) -> None:
+    for limit in range(1, samples + 2):
         tries: list[int] = []
 
-        def fits(samples: int, limit: int = limit, tries: list[int] = tries) -> bool:
-            tries.append(samples)
-            return samples <= limit
+        def fits(size: int, limit: int = limit, tries: list[int] = tries) -> bool:
+            tries.append(size)
+            return size <= limit
 
-        found = largest_part(share, fits)
-        parts = next(n for n in range(1, share + 1) if -(-share // n) <= limit)
-        assert found == -(-share // parts)
-        assert len(tries) <= 2 * math.log2(share) + 2
-    with pytest.raises(MemoryError, match="expected memory for one sample at least"):
-        largest_part(share, lambda _: False)
+        found = largest_micro_batch(samples, fits)
+        parts = next(n for n in range(1, samples + 1) if -(-samples // n) <= limit)
+        assert found == -(-samples // parts)
+        assert len(tries) <= 2 * math.log2(samples) + 2
+    with pytest.raises(MemoryError, match="out of memory for a single sample"):
+        largest_micro_batch(samples, lambda _: False)
 
 
-def test_running_out_of_memory_is_a_size_that_does_not_fit() -> None:
+def test_out_of_memory_means_a_size_does_not_fit() -> None:
     def step(samples: int) -> None:
         if samples > 5:
             raise torch.OutOfMemoryError("a limit made for this test")
 
-    assert largest_part(16, tried(step, torch.device("cpu"))) == 4
-    assert largest_part(5, tried(step, torch.device("cpu"))) == 5
+    assert largest_micro_batch(16, fits_in_memory(step, torch.device("cpu"))) == 4
+    assert largest_micro_batch(5, fits_in_memory(step, torch.device("cpu"))) == 5
 
     def fail(samples: int) -> None:
         raise RuntimeError("another error")
 
     with pytest.raises(RuntimeError, match="another error"):
-        tried(fail, torch.device("cpu"))(1)
+        fits_in_memory(fail, torch.device("cpu"))(1)
 
 
-def test_peak_memory_is_what_the_system_counts() -> None:
+def test_peak_memory_equals_the_systems_count() -> None:
     held = torch.ones(2**28, dtype=torch.uint8)
     counted = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert counted
@@ -124,31 +125,31 @@ def test_peak_memory_is_what_the_system_counts() -> None:
     assert peak_bytes(torch.device("cpu")) > held.numel()
 
 
-def test_a_log_that_was_cut_off_is_read(tmp_path: Path) -> None:
+def test_a_truncated_log_is_read(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     assert list(read_log(log)) == []
     log.write_text('{"iteration": 1, "loss": 2.5}\n[1]\n{"iter": 1}\n{"iteration": 2, "lo')
     assert list(read_log(log)) == [{"iteration": 1, "loss": 2.5}]
 
 
-def test_progress_goes_to_tensorboard(tmp_path: Path) -> None:
+def test_records_go_to_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    progress = Progress(config(out=str(tmp_path)), ALONE, 0, StopRequest())
-    progress.record(3, {"loss": 0.5})
-    progress.close()
+    reporter = Reporter(config(out=str(tmp_path)), ALONE, 0, StopRequest())
+    reporter.record(3, {"loss": 0.5})
+    reporter.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(one.step, one.value) for one in events.Scalars("loss")] == [(3, 0.5)]
     assert list(read_log(tmp_path / "metrics.jsonl")) == [{"iteration": 3, "loss": 0.5}]
 
 
-def test_progress_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reporter_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    progress = Progress(config(out=str(tmp_path)), ALONE, 0, StopRequest())
-    progress.record(3, {"loss": 0.5})
-    progress.close()
+    reporter = Reporter(config(out=str(tmp_path)), ALONE, 0, StopRequest())
+    reporter.record(3, {"loss": 0.5})
+    reporter.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -156,10 +157,10 @@ def test_durations() -> None:
     assert [duration(s) for s in (0, 59.6, 3599, 90061)] == ["0:00:00", "0:01:00", "0:59:59", "25:01:01"]
 
 
-def test_alone_there_is_nothing_to_agree_on() -> None:
-    with joined("cpu") as ranks:
+def test_ranks_of_a_single_process() -> None:
+    with join_ranks("cpu") as ranks:
         assert ranks.any_of(True, False) == (True, False)
-        assert ranks.least(3) == 3
+        assert ranks.minimum(3) == 3
         values = torch.ones(2)
-        assert torch.equal(ranks.total(values), values)
+        assert torch.equal(ranks.sum(values), values)
         assert ranks.first

@@ -1,4 +1,4 @@
-"""Checkpoints that another run, or a stranger, has written: nothing of them is used that this run would not write."""
+"""Checkpoints from other runs or strangers: only content that this run would write is used."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check(content: dict[str, Any], state: State) -> dict[str, Any]:
     return check_content(content, to_checkpoint(state, {}, CONFIG, RANKS), list(state.network.parameters()))
 
 
-def test_what_a_run_wrote_is_taken_as_it_is(trained: dict[str, Any]) -> None:
+def test_own_checkpoints_are_restored(trained: dict[str, Any]) -> None:
     state = fresh()
     checked = check(trained, state)
     assert checked.keys() == trained.keys()
@@ -56,7 +56,7 @@ def test_what_a_run_wrote_is_taken_as_it_is(trained: dict[str, Any]) -> None:
 
 
 def test_moments_get_the_strides_of_the_weights(trained: dict[str, Any]) -> None:
-    """Fused Adam goes through weights and moments side by side, as they lie in memory."""
+    """Fused Adam reads weights and moments in memory order."""
     other = copy.deepcopy(trained)
     for moments in other["optimiser"]["state"].values():
         moments["exp_avg"] = moments["exp_avg"].contiguous()
@@ -68,7 +68,7 @@ def test_moments_get_the_strides_of_the_weights(trained: dict[str, Any]) -> None
         assert torch.equal(moments["exp_avg"], trained["optimiser"]["state"][index]["exp_avg"])
 
 
-def test_tensors_that_share_memory_do_not_after(trained: dict[str, Any]) -> None:
+def test_tensors_that_share_memory_are_separated(trained: dict[str, Any]) -> None:
     other = copy.deepcopy(trained)
     other["params_ema"] = other["params"]
     other["optimiser"]["state"][0]["exp_avg"] = other["optimiser"]["state"][0]["exp_avg_sq"]
@@ -121,11 +121,11 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (put(*STATE, 3, "step", value=torch.tensor(-1.0)), "step: expected 0 to 2, got -1.0"),
     (put(*STATE, 3, "step", value=torch.tensor(float("nan"))), "step: expected 0 to 2, got nan"),
     (put(*STATE, 3, "step", value=torch.zeros(3)), "step: expected torch.float32"),
-    (put(*STATE, 3, "max_exp_avg_sq", value=torch.zeros(1)), "got one more, max_exp_avg_sq"),
-    (put(*STATE, 99999, value={}), "optimiser.state: expected a parameter from 0 to .*, got 99999"),
+    (put(*STATE, 3, "max_exp_avg_sq", value=torch.zeros(1)), "got an extra one, max_exp_avg_sq"),
+    (put(*STATE, 99999, value={}), "optimiser.state: expected a parameter number from 0 to .*, got 99999"),
     (put(*STATE, "a", value={}), "optimiser.state: expected a parameter"),
-    (put(*STATE, value=[]), "optimiser.state: expected a mapping, got a list of 0"),
-    (drop(*STATE, 3, "exp_avg"), "optimiser.state.3: expected exp_avg, got nothing"),
+    (put(*STATE, value=[]), "optimiser.state: expected a mapping, got a list of length 0"),
+    (drop(*STATE, 3, "exp_avg"), "optimiser.state.3: expected exp_avg, got no such entry"),
     (put(*GROUP, "params", value=lambda n: n[::-1]), "param_groups.0.params: expected 0 to"),
     (put(*GROUP, "params", value=lambda n: [*n, 0]), "param_groups.0.params: expected 0 to"),
     (put(*GROUP, "params", value=lambda n: [False, True, *n[2:]]), "param_groups.0.params: expected 0 to"),
@@ -137,9 +137,9 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (put("optimiser", "param_groups", value=[]), "param_groups: expected a list of 1"),
     (put("params", "tail.bias", value=torch.zeros(1)), r"params.tail.bias: expected torch.float32 \(3,\)"),
     (put("params", "tail.bias", value=with_nan), "params.tail.bias: expected finite values"),
-    (put("params", "\x1b[31m", value=torch.zeros(1)), r"params: .*got one more, \\x1b\[31m"),
+    (put("params", "\x1b[31m", value=torch.zeros(1)), r"params: .*got an extra one, \\x1b\[31m"),
     (put("params_ema", "tail.bias", value=torch.zeros(3).int()), "params_ema.tail.bias"),
-    (drop("params_ema", "tail.bias"), "params_ema: expected tail.bias, got nothing"),
+    (drop("params_ema", "tail.bias"), "params_ema: expected tail.bias, got no such entry"),
     (put("random", value=torch.zeros(3, dtype=torch.uint8)), r"random: expected torch.uint8 \(5056,\)"),
     (put("random", value=lambda t: torch.full_like(t, 255)), "mt19937"),
     (put("iteration", value=-1), "iteration: expected a whole number from 0 to"),
@@ -156,13 +156,13 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (put("network", "features", value=1 << 40), "network: expected"),
     (put("config", "seed", value=1 << 70), "config.seed: expected a whole number"),
     (put("config", "out", value="x" * 100_000), "config.out: expected at most 65536 characters"),
-    (put("config", "out", value=torch.ones(1)), "config.out: expected a setting"),
-    (drop("optimiser"), "missing or wrong: 'optimiser'"),
+    (put("config", "out", value=torch.ones(1)), "config.out: expected numbers, strings"),
+    (drop("optimiser"), "missing or invalid: 'optimiser'"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), HOSTILE, ids=lambda value: getattr(value, "__name__", ""))
-def test_what_no_run_writes_is_refused(
+def test_invalid_content_is_refused(
     change: Callable[[dict[str, Any]], None], message: str, trained: dict[str, Any]
 ) -> None:
     content = copy.deepcopy(trained)

@@ -1,7 +1,7 @@
-"""Where settings come from: flags, then `--config`, then what the run was started with, then the defaults.
+"""Reading and writing settings: flags win over `--config`, then the resumed run's settings, then the defaults.
 
-A file of settings is TOML with the names of the flags. TOML is Unicode, paths are bytes: one that is not UTF-8 is
-written as `{ hex = "2f746d70" }`.
+A settings file is TOML with the names of the flags. TOML is Unicode and paths are bytes, so a path that is not UTF-8
+is written as `{ hex = "2f746d70" }`.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from loader.errors import one_line
+from loader.errors import ShardsError, one_line
 from loader.system.safefile import read_named
 from model.training.settings import LOCAL, PATHS, REQUIRED, Config, MicroBatch, flag
 
@@ -24,16 +24,16 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Settings = Mapping[str, Any]
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-LIMIT = 1 << 20  # bytes of a file of settings
+LIMIT = 1 << 20  # bytes of a settings file
 CHOSEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
-class SettingsError(Exception):
-    """Settings that cannot be used: the message says which, what was expected and what was got."""
+class SettingsError(ShardsError):
+    """Invalid settings in a file or a checkpoint."""
 
 
-def options(command: Command) -> Command:
-    """Give a command a flag for every setting, `--config` and `--unset`; `given` makes sense of what it receives."""
+def setting_options(command: Command) -> Command:
+    """Add a flag for every setting, `--config` and `--unset` to a command; pass its values to `given_settings`."""
     for field in reversed(FIELDS.values()):
         spelling, shown = flag(field.name), field.default not in (REQUIRED, None)
         if isinstance(field.default, bool):
@@ -47,19 +47,19 @@ def options(command: Command) -> Command:
             help=field.metadata["help"],
         )(command)
     names = [flag(name)[2:] for name, field in FIELDS.items() if field.default is not REQUIRED]
-    text = "Take the default of a setting, whatever --config or the checkpoint says; may be repeated."
+    text = "Reset a setting to its default, overriding --config and the checkpoint; repeatable."
     command = click.option("--unset", type=click.Choice(names), metavar="NAME", multiple=True, help=text)(command)
     path = click.Path(path_type=Path, dir_okay=False)
-    text = "TOML file of settings, named as the flags, with underscores; flags win."
+    text = "TOML file of settings, named like the flags with underscores; flags win."
     return click.option("--config", type=path, is_eager=True, expose_value=False, callback=_take_file, help=text)(
         command
     )
 
 
-def given(context: click.Context, values: Settings) -> dict[str, Any]:
-    """Return the settings that the command line or `--config` gives, those that `--unset` names as their defaults.
+def given_settings(context: click.Context, values: Settings) -> dict[str, Any]:
+    """Return the settings given by flags and `--config`; those named by `--unset` have their defaults.
 
-    `values` is what a command with `options` was called with. Raises click.UsageError for a setting that is both set
+    `values` are the arguments of a command with `setting_options`. Raises click.UsageError if a setting is both set
     and unset.
     """
     sources = {name: context.get_parameter_source(name) for name in FIELDS}
@@ -69,30 +69,31 @@ def given(context: click.Context, values: Settings) -> dict[str, Any]:
     for word in values["unset"]:
         name = word.replace("-", "_")
         if sources[name] in CHOSEN:
-            raise click.UsageError(f"{flag(name)} and --unset {word}: expected one of them")
+            raise click.UsageError(f"{flag(name)} and --unset {word}: expected only one of them")
         chosen[name] = FIELDS[name].default
     return chosen
 
 
 def resolve(chosen: Settings, stored: Settings, local: Settings) -> Config:
-    """Make a run's configuration of what is `given`, what the run had before, and its paths in OUT/config.toml.
+    """Return a run's configuration: chosen settings win over those stored with the run and those local to its folder.
 
-    Raises click.UsageError where a setting is missing or has a bad value.
+    Of `stored`, settings in LOCAL are ignored; of `local`, all others. Raises click.UsageError if a setting is missing
+    or invalid.
     """
-    settled = {name: value for name, value in stored.items() if name not in LOCAL}
-    settled |= {name: value for name, value in local.items() if name in LOCAL}
-    settled |= chosen
+    settings = {name: value for name, value in stored.items() if name not in LOCAL}
+    settings |= {name: value for name, value in local.items() if name in LOCAL}
+    settings |= chosen
     for name, field in FIELDS.items():
-        if field.default is REQUIRED and name not in settled:
+        if field.default is REQUIRED and name not in settings:
             raise click.UsageError(f"Missing option '{flag(name)}'.")
     try:
-        return Config(**settled)
+        return Config(**settings)
     except ValueError as error:
         raise click.UsageError(one_line(str(error))) from error
 
 
-def differences(stored: Settings, config: Config) -> list[str]:
-    """Name the settings that differ from those stored with a run, old → new; a setting it lacks had its default."""
+def changed_settings(stored: Settings, config: Config) -> list[str]:
+    """Return the settings that differ from those stored with a run, as "old → new"; missing ones had their defaults."""
     return [
         f"{flag(name)}: {_shown(stored.get(name, field.default))} → {_shown(getattr(config, name))}"
         for name, field in FIELDS.items()
@@ -100,14 +101,14 @@ def differences(stored: Settings, config: Config) -> list[str]:
     ]
 
 
-def portable(config: Config) -> dict[str, Any]:
-    """Return the settings that a checkpoint holds: all but those of a place."""
+def portable_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that checkpoints store: all but those in LOCAL."""
     return {name: value for name, value in asdict(config).items() if name not in LOCAL}
 
 
-def checked(values: Settings, where: str) -> dict[str, Any]:
-    """Return settings from a file, each of a known name and of its type; paths decoded. SettingsError for others."""
-    settled = {}
+def checked_settings(values: Settings, where: str) -> dict[str, Any]:
+    """Return settings read from a file, paths decoded. SettingsError for unknown names and wrong types."""
+    settings = {}
     for name, value in values.items():
         if name not in FIELDS:
             raise SettingsError(f"{where}: {_shown(name)}: expected one of {', '.join(FIELDS)}")
@@ -117,30 +118,30 @@ def checked(values: Settings, where: str) -> dict[str, Any]:
         expected, kinds = _kinds(field)
         if type(value) not in kinds or (type(value) is int and abs(value) >= 1 << 64):
             raise SettingsError(f"{where}: {name}: expected {expected}, got {_shown(value, repr)}")
-        settled[name] = float(value) if field.metadata["type"] is float else value
-    return settled
+        settings[name] = float(value) if field.metadata["type"] is float else value
+    return settings
 
 
 def read_settings(path: Path, read: Callable[[Path, int], bytes] = read_named) -> dict[str, Any]:
-    """Read a TOML file of settings by a function of `loader.system.safefile`.
+    """Return the settings in a TOML file; `read` is a function of `loader.system.safefile`.
 
-    Raises SettingsError, naming the file, where it is none; OSError where it cannot be read.
+    Raises SettingsError, naming the file, if it is invalid; OSError if it cannot be read.
     """
     try:
         values = tomllib.loads(read(path, LIMIT).decode())
-    except (ValueError, RecursionError) as error:  # the parser's own error, bytes that are no UTF-8, numbers too long
-        reason = "tables nested too deep" if isinstance(error, RecursionError) else one_line(str(error))
+    except (ValueError, RecursionError) as error:  # invalid TOML or UTF-8, overlong numbers
+        reason = "nested too deeply" if isinstance(error, RecursionError) else one_line(str(error))
         raise SettingsError(f"{one_line(str(path))}: {reason}") from error
-    return checked(values, one_line(str(path)))
+    return checked_settings(values, one_line(str(path)))
 
 
 def to_toml(config: Config) -> str:
-    """Write settings as a file that `--config` takes; those that are None are left out."""
+    """Return settings as TOML for `--config`; those that are None are left out."""
     return "".join(f"{name} = {_toml(value)}\n" for name, value in asdict(config).items() if value is not None)
 
 
 def _take_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
-    """Let the settings of a TOML file be the defaults; click.BadParameter if it is none or has other keys."""
+    """Make the settings in a TOML file the defaults. click.BadParameter if they are invalid."""
     if path is None:
         return
     try:
@@ -153,7 +154,7 @@ def _take_file(context: click.Context, parameter: click.Parameter, path: Path | 
 
 
 def _kinds(field: dataclasses.Field[Any]) -> tuple[str, tuple[type, ...]]:
-    """The types that a setting may have in a file, in words and as such."""
+    """Return the types a setting may have in a file: as text for messages, and as Python types."""
     if isinstance(field.default, bool):
         return "true or false", (bool,)
     empty = (type(None),) if field.default is None else ()
@@ -167,7 +168,7 @@ def _kinds(field: dataclasses.Field[Any]) -> tuple[str, tuple[type, ...]]:
 
 
 def _path(value: Any) -> Any:
-    """A path from a file as Python writes it, `os.fsdecode` of its bytes; what is none is given back."""
+    """Return a path from a file in Python's form, `os.fsdecode` of its bytes; other values unchanged."""
     try:
         if isinstance(value, str):
             return os.fsdecode(value.encode("utf-8"))
@@ -181,8 +182,8 @@ def _path(value: Any) -> Any:
 def _shown(value: Any, spell: Callable[[Any], str] = str) -> str:
     try:
         text = one_line(spell(value))
-    except (ValueError, RecursionError):  # whole numbers of thousands of digits, lists in lists without end
-        return f"a {type(value).__name__} that is too long to show"
+    except (ValueError, RecursionError):  # integers of thousands of digits, deeply nested lists
+        return f"a value of type {type(value).__name__}, too long to show"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -190,7 +191,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # inf, -inf and nan are TOML's names too
+        return str(value)  # TOML has the same names: inf, -inf, nan
     if not isinstance(value, str):
         return repr(value)
     name = os.fsencode(value)
