@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from loader.errors import FormatError as FormatError
     from loader.errors import ShardsError as ShardsError
     from loader.stream.iterator import PatchIterator as PatchIterator
-    from loader.stream.iterator import Stats as Stats
+    from loader.stream.stats import Stats as Stats
 
 _HOMES = {
     "PatchLoader": "loader.batches",
@@ -23,7 +23,7 @@ _HOMES = {
     "FormatError": "loader.errors",
     "ShardsError": "loader.errors",
     "PatchIterator": "loader.stream.iterator",
-    "Stats": "loader.stream.iterator",
+    "Stats": "loader.stream.stats",
 }
 __all__ = list(_HOMES)
 

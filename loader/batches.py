@@ -8,13 +8,16 @@ from typing import Any, SupportsIndex
 
 import torch
 
-from loader.ahead.budget import Room
+from loader.ahead.budget import READ_BUFFERS
 from loader.ahead.pipeline import Pipeline, default_readahead
 from loader.ahead.reader import Io, open_reader
-from loader.dataset import Pair, PatchDataset, need
-from loader.stream.buffers import Memory
-from loader.stream.iterator import Counts, PatchIterator, Place, Share, Stats, crops_of, stream_of
+from loader.arguments import need
+from loader.dataset import LrHr, PatchDataset
+from loader.stream.buffers import BatchBuffers
+from loader.stream.iterator import PatchIterator, Position, stream_of
 from loader.stream.position import MOST_SAMPLES
+from loader.stream.stats import SharedStats, Stats
+from loader.stream.steps import RankSteps, draw
 
 MOST_AHEAD = 1 << 16  # batches
 
@@ -84,38 +87,38 @@ class PatchLoader:
         self.io, self.drop_pages = io, bool(drop_pages)
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else bool(pin_memory)
         self._resumed: int | None = None  # where another loader was
-        self._newest: Place | None = None  # that of the newest iterator
-        self._own = _Own(self)
+        self._newest: Position | None = None  # that of the newest iterator
+        self._local = _ProcessState(self)
 
     def __len__(self) -> int:
         """Batches from the start to the end; TypeError where there is none."""
         if self.epochs is None:
             raise TypeError("a PatchLoader without epochs has no length")
-        return len(self._share())
+        return len(self._steps())
 
     def __iter__(self) -> PatchIterator:
         """Begin at the start, or where a state was loaded that is later; what other iterators do does not matter."""
-        if self._own.process != os.getpid():
-            self._own = _Own(self)  # this process was forked: a thread that is not here may hold a lock
-        data, share, room = self.dataset, self._share(), Room()
-        reader = open_reader(data.shards, data.scale, data.lr_patch, self.io, self.drop_pages, room)
-        # What threads refer to does not lead back to the dataset: that may be the user's, and lead to the iterator.
-        draw = partial(crops_of, data.plan, len(data))
-        take = self._own.memory.take
-        pipeline = Pipeline(reader, share.steps(), draw, self.readahead, self.threads, take, room)
-        self._newest = Place(share.first)
-        return PatchIterator(data, pipeline, reader, self._own.counts, self._newest)
+        if self._local.process != os.getpid():
+            self._local = _ProcessState(self)  # this process was forked: a thread that is not here may hold a lock
+        data, steps = self.dataset, self._steps()
+        reader = open_reader(data.shards, data.scale, data.lr_patch, self.io, self.drop_pages, READ_BUFFERS)
+        # Threads hold the plan rather than the dataset: a user's subclass may refer to the iterator.
+        crops = partial(draw, data.plan, len(data))
+        allocate = self._local.buffers.allocate
+        pipeline = Pipeline(reader, iter(steps), crops, self.readahead, self.threads, allocate)
+        self._newest = Position(steps.first)
+        return PatchIterator(data, pipeline, reader, self._local.stats, self._newest)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_own"}
+        return {key: value for key, value in vars(self).items() if key != "_local"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._own = _Own(self)
+        self._local = _ProcessState(self)
 
     def stats(self) -> Stats:
         """What was done so far, by all iterators together."""
-        return self._own.counts.stats
+        return self._local.stats.total
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream after the last batch that the newest iterator gave.
@@ -124,7 +127,7 @@ class PatchLoader:
         `scale`, `lr_patch`, `augment`, and `datasets`, a list of SHA-256 digests of the images' pixels, whatever the
         container and the number of shards.
         """
-        return stream_of(self.dataset).save(self._share().first if self._newest is None else self._newest.sample)
+        return stream_of(self.dataset).save(self._steps().first if self._newest is None else self._newest.sample)
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow_other_dataset: bool = False) -> None:
         """Let the next iterator begin where another loader was.
@@ -139,26 +142,26 @@ class PatchLoader:
         self._resumed = stream_of(self.dataset).load(state, allow_other_dataset)
         self._newest = None
 
-    def _share(self) -> Share:
+    def _steps(self) -> RankSteps:
         """What an iterator that begins now gives."""
         begin = self.dataset.epoch * len(self.dataset) if self.start is None else 0
         first = begin if self.start is None else self.start
         if self._resumed is not None:
             first = max(self._resumed, begin)
         end = MOST_SAMPLES if self.epochs is None else begin + self.epochs * len(self.dataset)
-        return Share(first, min(end, MOST_SAMPLES), self.batch_size, self.rank, self.world_size)
+        return RankSteps(first, min(end, MOST_SAMPLES), self.batch_size, self.rank, self.world_size)
 
 
-class _Own:
+class _ProcessState:
     """What the iterators of a loader share within one process."""
 
     def __init__(self, loader: PatchLoader) -> None:
         self.process = os.getpid()
-        self.memory = Memory(loader.pin_memory, spare=2 * (loader.threads + 3))
-        self.counts = Counts()
+        self.buffers = BatchBuffers(loader.pin_memory, spare=2 * (loader.threads + 3))
+        self.stats = SharedStats()
 
 
-def to_float(batch: Pair, device: torch.device | str) -> Pair:
+def to_float(batch: LrHr, device: torch.device | str) -> LrHr:
     """A batch on a device, as float32 in [0, 1]; it travels as bytes, and keeps its channels-last memory."""
     lr, hr = (part.to(device, non_blocking=True).float().div_(255) for part in batch)
     return lr, hr

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from loader.ahead.reader import Reader, open_reader
-from loader.arguments import as_integer, describe, flag, folder_path, whole
-from loader.arguments import need as need
+from loader.arguments import as_integer, describe, flag, folder_path, need, whole
 from loader.epoch import EpochState, warn
 from loader.errors import FormatError, ShardsError, one_line
 from loader.format.layout import CHANNELS, HR, MAX_SIDE, Strings
@@ -22,7 +21,7 @@ from loader.pixels.tiles import Pixels
 from loader.plan import Plan
 
 MAX_SAMPLES = (1 << 62) - 1  # in an epoch, and number of the last epoch
-Pair = tuple[Tensor, Tensor]
+LrHr = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Crop:
     transform: int
 
 
-class _OfShards(Dataset[Pair]):
+class _ShardsDataset(Dataset[LrHr]):
     """A dataset that pickles as the place of its shards, and opens them again where it is unpickled.
 
     Where that fails, the error is raised at the first use: a spawned worker can then hand it to its parent.
@@ -44,8 +43,8 @@ class _OfShards(Dataset[Pair]):
     def __init__(self, folder: str | os.PathLike[str], scale: int) -> None:
         self._shards: Shards | str = Shards(folder_path("folder", folder))
         self._scale = whole("scale", scale, None)
-        self._shards.need_scale(self._scale)
-        self._place = (self._shards.folder, self._shards.index.sha256)
+        self._shards.check_scale(self._scale)
+        self._opened = (self._shards.folder, self._shards.index.sha256)
 
     @property
     def shards(self) -> Shards:
@@ -64,7 +63,7 @@ class _OfShards(Dataset[Pair]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        folder, sha256 = self._place
+        folder, sha256 = self._opened
         try:
             self._shards = Shards(folder)
             if self._shards.index.sha256 != sha256:
@@ -73,7 +72,7 @@ class _OfShards(Dataset[Pair]):
             self._shards = str(error)
 
 
-class PatchDataset(_OfShards):
+class PatchDataset(_ShardsDataset):
     """Aligned random crops: sample n is (lr, hr), uint8 RGB tensors (3, p, p) and (3, p·scale, p·scale).
 
     The tensors are views of memory with the channels last. Sample n is a pure function of (seed, epoch, n); every
@@ -180,13 +179,13 @@ class PatchDataset(_OfShards):
         name = self.shards.index.name[int(crops.image[0])]
         return Crop(name, int(crops.top[0]), int(crops.left[0]), int(crops.transform[0]))
 
-    def __getitem__(self, n: int) -> Pair:
+    def __getitem__(self, n: int) -> LrHr:
         return self._draw([self._number(n)])[0]
 
-    def __iter__(self) -> Iterator[Pair]:
+    def __iter__(self) -> Iterator[LrHr]:
         return (self[n] for n in range(len(self)))
 
-    def __getitems__(self, samples: Sequence[int]) -> list[Pair]:
+    def __getitems__(self, samples: Sequence[int]) -> list[LrHr]:
         """Many samples at once, as torch's DataLoader asks for them."""
         if isinstance(samples, str | bytes) or not isinstance(samples, Iterable):
             raise TypeError(f"samples: expected a sequence of whole numbers, got {describe(samples)}")
@@ -198,14 +197,14 @@ class PatchDataset(_OfShards):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_readers": {}, "_plan": None}
 
-    def _draw(self, samples: list[int]) -> list[Pair]:
+    def _draw(self, samples: list[int]) -> list[LrHr]:
         if not samples:
             return []
         numbers = np.array(samples, np.int64)
         crops = self.plan.crops(self.epoch, numbers)
         reader = self._reader()
-        lr, hr = (np.empty((len(samples), side, side, CHANNELS), np.uint8) for side in reader.sides)
-        reader.ask(crops).gather(lr, hr)
+        lr, hr = (np.empty((len(crops), side, side, CHANNELS), np.uint8) for side in (reader.patch.lr, reader.patch.hr))
+        reader.ask(crops)(lr, hr)
         if self._state.repeats(numbers):
             warn(
                 f"{one_line(str(self.shards.folder))}: the same crops are drawn again: only set_epoch begins a new "
@@ -222,12 +221,7 @@ class PatchDataset(_OfShards):
         return self._readers[os.getpid()]
 
     def _number(self, n: object) -> int:
-        number = as_integer(n)
-        if number is None:
-            raise TypeError(f"sample: expected a whole number, 0 to {len(self) - 1}, got {describe(n)}")
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"samples: expected 0 to {len(self) - 1}, got {describe(number)}")
-        return number % len(self)
+        return _item_number("sample", n, len(self), f"a whole number, 0 to {len(self) - 1}")
 
     def _check_small(self, patches: NDArray[np.int64], too_small: str) -> None:
         small = np.flatnonzero(patches == 0)
@@ -242,7 +236,7 @@ class PatchDataset(_OfShards):
             )
 
 
-class ImageDataset(_OfShards):
+class ImageDataset(_ShardsDataset):
     """Whole images: item i, or the item of that name, is (lr, hr), uint8 RGB (3, h, w) and (3, h·scale, w·scale).
 
     HR is cropped to the part that LR covers. The tensors are views of memory with the channels last. `name in data`
@@ -270,7 +264,7 @@ class ImageDataset(_OfShards):
         """The images' names, in order: the stems of the files they came from."""
         return self.shards.index.name
 
-    def __getitem__(self, item: int | str) -> Pair:
+    def __getitem__(self, item: int | str) -> LrHr:
         number = self._number(item)
         try:
             lr, hr = self.shards.read(number, self._scale), self.shards.read(number, HR)
@@ -283,7 +277,7 @@ class ImageDataset(_OfShards):
             ) from None
         return channels_first(lr[None])[0], channels_first(hr[None])[0]
 
-    def __iter__(self) -> Iterator[Pair]:
+    def __iter__(self) -> Iterator[LrHr]:
         return (self[n] for n in range(len(self)))
 
     def __contains__(self, item: object) -> bool:
@@ -299,17 +293,22 @@ class ImageDataset(_OfShards):
             if (found := self._by_name().get(item)) is None:
                 raise KeyError(f"{self.shards.folder}: expected the name of one of {len(self)} images, got {item!r}")
             return found
-        number = as_integer(item)
-        if number is None:
-            raise TypeError(f"image: expected a number, 0 to {len(self) - 1}, or a name, got {describe(item)}")
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"image: expected 0 to {len(self) - 1}, got {describe(number)}")
-        return number % len(self)
+        return _item_number("image", item, len(self), f"a number, 0 to {len(self) - 1}, or a name")
 
     def _by_name(self) -> dict[str, int]:
         if not self._numbers:
             self._numbers = {name: i for i, name in enumerate(self.names)}
         return self._numbers
+
+
+def _item_number(name: str, item: object, length: int, expected: str) -> int:
+    """Return the number of an item of a dataset, 0 to length - 1; negative ones count from the end."""
+    number = as_integer(item)
+    if number is None:
+        raise TypeError(f"{name}: expected {expected}, got {describe(item)}")
+    if not -length <= number < length:
+        raise IndexError(f"{name}: expected 0 to {length - 1}, got {describe(number)}")
+    return number % length
 
 
 def channels_first(images: Pixels) -> Tensor:

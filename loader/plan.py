@@ -4,6 +4,7 @@ The draws come from a counter-based generator, so that no state is carried from 
 or resumed run computes any sample alone, and can know the coming ones long before they are needed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,22 @@ class Crops:
     top: NDArray[np.int64]
     left: NDArray[np.int64]
     transform: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, which: slice) -> "Crops":
+        return Crops(self.image[which], self.top[which], self.left[which], self.transform[which])
+
+
+def concatenated(parts: Sequence[Crops]) -> Crops:
+    """Return the crops of all parts, in order."""
+    return Crops(
+        np.concatenate([part.image for part in parts]),
+        np.concatenate([part.top for part in parts]),
+        np.concatenate([part.left for part in parts]),
+        np.concatenate([part.transform for part in parts]),
+    )
 
 
 class Plan:

@@ -97,7 +97,7 @@ class Files:
 
     def drop(self, ranges: Ranges) -> None:
         """Let the kernel forget pages, where it will."""
-        for shard, start, stop in zip(*(column.tolist() for column in vars(ranges).values()), strict=True):
+        for shard, start, stop in ranges:
             with self._use(shard) as descriptor, suppress(OSError):
                 os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
 

@@ -17,7 +17,7 @@ from loader.native import compiled
 Pixels = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 
-kernel = compiled("loader.pixels._gather")
+gather_kernel = compiled("loader.pixels._gather")
 
 
 def split(image: Pixels, tile: int) -> Pixels:
@@ -29,9 +29,7 @@ def split(image: Pixels, tile: int) -> Pixels:
     return np.ascontiguousarray(padded.reshape(rows, tile, cols, tile, channels).swapaxes(1, 2))
 
 
-def gather_crops(
-    address: Ints, cols: Ints, top: Ints, left: Ints, transform: Ints | None, tile: int, out: Pixels
-) -> None:
+def gather_crops(address: Ints, cols: Ints, top: Ints, left: Ints, transform: Ints, tile: int, out: Pixels) -> None:
     """Copy one crop out of each of several images' tiles, and transform it, without holding the interpreter's lock.
 
     Args:
@@ -39,7 +37,7 @@ def gather_crops(
             memory that a crop touches; no other is read.
         cols: int64 (n,), tiles in a row of tiles.
         top, left: int64 (n,), the crop's corner in pixels.
-        transform: int64 (n,), 0 to 7, as in `transformed`; crops are then square. None: all as they are.
+        transform: int64 (n,), 0 to 7, as in `transformed`; a crop that is transposed is square.
         tile: side of a tile.
         out: uint8 (n, h, w, 3), C-contiguous.
 
@@ -49,10 +47,8 @@ def gather_crops(
             known here.
     """
     height, width = out.shape[1:3]
-    if transform is None:
-        transform = np.zeros_like(address)
-    if kernel is not None:
-        kernel.gather(address, cols, top, left, transform, tile, height, width, out)
+    if gather_kernel is not None:
+        gather_kernel.gather(address, cols, top, left, transform, tile, height, width, out)
         return
     columns = {"address": address, "cols": cols, "top": top, "left": left, "transform": transform}
     crops = _checked_crops(columns, tile, out)
@@ -62,10 +58,10 @@ def gather_crops(
         tiles: Pixels = np.ndarray(shape, np.uint8, memory)  # type: ignore[arg-type]
         if number:
             plain = np.empty((height, width, CHANNELS), np.uint8)
-            gather(tiles, y, x, plain)
+            copy_crop(tiles, y, x, plain)
             out[k] = transformed(plain, number)
         else:
-            gather(tiles, y, x, out[k])
+            copy_crop(tiles, y, x, out[k])
 
 
 def _checked_crops(columns: dict[str, Ints], tile: int, out: Pixels) -> list[tuple[int, ...]]:
@@ -94,7 +90,7 @@ def _checked_crops(columns: dict[str, Ints], tile: int, out: Pixels) -> list[tup
     return crops
 
 
-def gather(tiles: Pixels, top: int, left: int, out: Pixels) -> None:
+def copy_crop(tiles: Pixels, top: int, left: int, out: Pixels) -> None:
     """Copy the crop at (top, left) of tiles (rows, cols, T, T, 3) into `out` (h, w, 3), C-contiguous."""
     tile = tiles.shape[2]
     height, width, channels = out.shape

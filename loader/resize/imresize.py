@@ -27,7 +27,7 @@ Indices = NDArray[np.int64]
 Rounding = Literal["uint8", "double"]
 Border = Literal["symmetric", "replicate"]
 
-kernel = compiled("loader.resize._imresize")
+resize_kernel = compiled("loader.resize._imresize")
 
 
 def imresize(image: Pixels, scale: int, *, rounding: Rounding = "uint8", border: Border = "symmetric") -> Pixels:
@@ -50,10 +50,10 @@ def imresize(image: Pixels, scale: int, *, rounding: Rounding = "uint8", border:
         return _float_resize(image, 1 / scale, rounding, border)
     cube = np.ascontiguousarray(image.reshape(height, width, -1))
     rows, cols = (_window(n, scale, border) for n in (height, width))
-    if kernel is not None:
+    if resize_kernel is not None:
         small = np.empty((len(rows), len(cols), cube.shape[2]), np.uint8)
         numerators, _ = _weights(scale)
-        kernel.shrink(cube, *cube.shape, rows, len(rows), cols, len(cols), numerators, len(numerators), small)
+        resize_kernel.shrink(cube, *cube.shape, rows, len(rows), cols, len(cols), numerators, len(numerators), small)
     else:
         small = _shrink(_shrink(cube, scale, rows, 0), scale, cols, 1)
     return small.reshape(small.shape[:2] + image.shape[2:])

@@ -10,7 +10,7 @@ from torch import Tensor
 from loader.pixels.tiles import Pixels
 
 
-class Memory:
+class BatchBuffers:
     """Memory for batches of one stream after another.
 
     Page-locked memory is left to torch's own allocator: it knows when a copy to the GPU has ended, as long as it sees
@@ -26,7 +26,7 @@ class Memory:
         self._arrays: deque[Pixels] = deque()
         self._guard = threading.Lock()
 
-    def take(self, shape: tuple[int, ...]) -> tuple[Tensor, Pixels]:
+    def allocate(self, shape: tuple[int, ...]) -> tuple[Tensor, Pixels]:
         """A tensor (n, 3, h, w), channels last, and its pixels (n, h, w, 3) of any content; any thread may ask."""
         if self._pinned:
             tensor = torch.empty(shape, dtype=torch.uint8, pin_memory=True)

@@ -26,7 +26,15 @@ class Stream:
 
     def save(self, sample: int) -> dict[str, Any]:
         """A place in this stream, for a checkpoint."""
-        return {"sample": sample} | vars(self) | {"datasets": list(self.datasets)}
+        return {
+            "sample": sample,
+            "length": self.length,
+            "seed": self.seed,
+            "scale": self.scale,
+            "lr_patch": self.lr_patch,
+            "augment": self.augment,
+            "datasets": list(self.datasets),
+        }
 
     def load(self, state: object, allow_other_dataset: bool = False) -> int:
         """The sample at which a saved place is.

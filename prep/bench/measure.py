@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loader.ahead.budget import Room
+from loader.ahead.budget import READ_BUFFERS
 from loader.ahead.pipeline import Pipeline, default_readahead
 from loader.ahead.positional import READ_THREADS
 from loader.ahead.reader import open_reader
@@ -39,7 +39,7 @@ def measure(folder: Path, need: Need, seconds: float) -> Report:
         ShardsError: the folder holds no dataset with that scale, or no image large enough; or it cannot be read.
     """
     shards = Shards(folder)
-    shards.need_scale(need.scale)
+    shards.check_scale(need.scale)
     plan = Plan(*shards.index.sizes(need.scale), need.lr_patch, seed=int(time.time()), augment=True)
     if not plan.positions:
         side = need.lr_patch * need.scale
@@ -181,15 +181,14 @@ def patch_rate(
     folder: Path, need: Need, way: Way, draws: Iterator[Callable[[], Crops]], seconds: float, skip: int = 0
 ) -> float:
     """Patches per second that the loader gives in so many seconds, without the first `skip` batches."""
-    room = Room()
-    reader = open_reader(Shards(folder), need.scale, need.lr_patch, way, room=room)
+    reader = open_reader(Shards(folder), need.scale, need.lr_patch, way, memory_limit=READ_BUFFERS)
     readahead = default_readahead(need.batch_size)
     given, start = -skip, time.perf_counter()
 
     def take(shape: tuple[int, ...]) -> tuple[None, Pixels]:
         return None, np.empty(shape, np.uint8)
 
-    with closing(Pipeline(reader, draws, lambda draw: draw(), readahead, need.threads, take, room)) as batches:
+    with closing(Pipeline(reader, draws, lambda draw: draw(), readahead, need.threads, take)) as batches:
         for _ in batches:
             given += 1
             if given == 0:

@@ -72,7 +72,7 @@ def test_the_stream_does_not_depend_on_how_it_is_read(
     **reading: Any,
 ) -> None:
     if kernel == "fallback":
-        monkeypatch.setattr(tiles_module, "kernel", None)
+        monkeypatch.setattr(tiles_module, "gather_kernel", None)
     data = PatchDataset(dataset, scale, patch, length=length, seed=9, augment=augment, too_small="skip")
     ranks = [
         islice(PatchLoader(data, batch_size, rank=rank, world_size=world_size, start=start, **reading), 3)

@@ -79,9 +79,9 @@ def test_sequences_of_samples(patches: PatchDataset) -> None:
 
 @pytest.mark.parametrize("n", [12, -13, 1 << 63, 1 << 64, -(1 << 70), 10**5000], ids=lambda n: f"{n.bit_length()} bits")
 def test_numbers_out_of_range(patches: PatchDataset, images: ImageDataset, n: int) -> None:
-    with pytest.raises(IndexError, match="^samples: expected 0 to 11, got "):
+    with pytest.raises(IndexError, match="^sample: expected 0 to 11, got "):
         patches[n]
-    with pytest.raises(IndexError, match="^samples: expected 0 to 11, got "):
+    with pytest.raises(IndexError, match="^sample: expected 0 to 11, got "):
         patches.__getitems__([0, n])
     with pytest.raises(IndexError, match="^image: expected 0 to 4, got "):
         images[n]
