@@ -1,4 +1,4 @@
-"""A dataset opened for reading: every image as tiles within mapped files, which each process maps when first needed."""
+"""A dataset opened for reading: images as tiles in memory-mapped files."""
 
 import mmap
 import os
@@ -21,15 +21,15 @@ from loader.system.memory_map import advise, map_file
 
 
 class Shards:
-    """The pixels of a dataset, read through memory maps; no library of the container is called.
+    """The pixels of a dataset, memory-mapped; each process maps a shard on first use. Never calls libhdf5.
 
-    It pickles as its path and digest, and opens itself again where it is unpickled.
+    Pickles as path and digest, and reopens the dataset when unpickled.
 
     Args:
-        folder: holds index.json and the shards it names.
+        folder: contains index.json and the shards it names.
 
     Raises:
-        FormatError: what is in the folder does not keep to the format.
+        FormatError: the folder does not contain a valid dataset.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -49,13 +49,13 @@ class Shards:
             raise FormatError(f"{self.folder}: expected the dataset opened before, got one built since")
 
     def check_scale(self, scale: int) -> None:
-        """Raise ShardsError unless the dataset has LR of that scale."""
+        """Raise ShardsError unless the dataset has LR at `scale`."""
         if scale not in self.index.scales:
             have = ", ".join(map(str, self.index.scales)) or "none"
             raise ShardsError(f"{self.folder}: scale: expected one that was built ({have}), got {scale}")
 
     def identity(self, scale: int) -> str:
-        """What the dataset is, for a stream of that scale; see `dataset_identity`."""
+        """Return the dataset's identity for a stream at `scale`, see `dataset_identity`."""
         if scale not in self._identities:
             self._identities[scale] = dataset_identity(self.index, scale)
         return self._identities[scale]
@@ -111,7 +111,7 @@ class Shards:
             )
 
     def addresses(self, shard: Ints) -> Ints:
-        """Where shards (int64 numbers) start in memory; those not mapped yet are."""
+        """Return where shards, by number, start in memory; map them if necessary."""
         address = self._address[shard]
         if not address.all():
             for number in set(shard.tolist()):
@@ -129,7 +129,7 @@ class Shards:
             advise(at, count, advice)
 
     def _map(self, number: int) -> Pixels:
-        """A shard's bytes. Threads may map it twice at once: the first map is kept, the other never used."""
+        """Return the mapped bytes of a shard. If two threads map it at once, the first map is kept."""
         if number not in self._maps:
             mapped = _map_file(self.folder, self.index, number)
             self._maps.setdefault(number, mapped)
@@ -146,6 +146,6 @@ def _map_file(folder: Path, index: Index, number: int) -> NDArray[np.uint8]:
         raise FormatError(f"{folder / shard.file}: expected a file that can be mapped, got {error.strerror}") from None
     finally:
         os.close(descriptor)
-    # Crops are scattered: the kernel's own readahead would fetch megabytes around each page.
+    # Crops are scattered: the system's own read-ahead would fetch megabytes around each page.
     advise(mapped.ctypes.data, shard.bytes, mmap.MADV_RANDOM)
     return mapped

@@ -1,4 +1,4 @@
-"""PatchIterator: one pass through a stream of batches, which knows its own place."""
+"""PatchIterator: one pass through a stream of batches, with its own position."""
 
 import time
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ from loader.stream.steps import Step
 
 
 class Position:
-    """Where an iterator is: its loader looks here, for a loader that knew its iterators would keep them alive."""
+    """The position of an iterator, shared with its loader, which must not keep the iterator itself alive."""
 
     def __init__(self, sample: int) -> None:
         self.sample = sample
 
 
 class PatchIterator(Iterator[LrHr]):
-    """Batches of a PatchLoader, from one place on; made by `iter(loader)`.
+    """Batches of a PatchLoader from one position on; made by `iter(loader)`.
 
-    Its threads end when it is exhausted, at an error, when it is closed, and when it is dropped, in whatever way. Only
-    `close` waits for them. It serves one thread at a time, in the process that asked for the first batch.
+    Its threads stop when it is exhausted, fails, is closed or is dropped; only `close` waits for them. Use it from one
+    thread at a time, in the process that requested the first batch.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class PatchIterator(Iterator[LrHr]):
         return self
 
     def __next__(self) -> LrHr:
-        """The next batch. Raises what went wrong while it was made, once; there is nothing more then."""
+        """Return the next batch. An error in making it is raised once; then the iterator is exhausted."""
         before = time.perf_counter()
         step, lr, hr = next(self._pipeline)
         counts = self._reader.counts
@@ -60,15 +60,15 @@ class PatchIterator(Iterator[LrHr]):
         self.close()
 
     def close(self) -> None:
-        """End the threads, and wait until they have; there are no more batches then."""
+        """Stop the threads and wait for them; the iterator is then exhausted."""
         self._pipeline.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the stream after the last batch that this iterator gave; see PatchLoader.state_dict."""
+        """Return the position in the stream after the last batch returned; see PatchLoader.state_dict."""
         return stream_of(self._data).save(self._position.sample)
 
 
 def stream_of(data: PatchDataset) -> Stream:
-    """The stream of samples of a dataset; its images are looked at once."""
+    """Return the stream of samples of a dataset."""
     datasets = (data.shards.identity(data.scale),)
     return Stream(len(data), data.seed, data.scale, data.lr_patch, bool(data.augment), datasets)

@@ -54,7 +54,7 @@ def test_what_is_no_sample(patches: PatchDataset, item: Any) -> None:
 def test_what_is_no_image(images: ImageDataset, item: Any) -> None:
     with pytest.raises(TypeError, match=r"^image: expected a number, 0 to 4, or a name, got ."):
         images[item]
-    with pytest.raises(TypeError, match=r"^image: expected a name to look for, got ."):
+    with pytest.raises(TypeError, match=r"^image: expected a name, got ."):
         item in images  # noqa: B015
 
 
@@ -100,13 +100,13 @@ def test_names(images: ImageDataset) -> None:
         assert name not in images
     with pytest.raises(KeyError, match="expected the name of one of 5 images, got 'A"):
         images["A\x1b[31m"]
-    with pytest.raises(TypeError, match="image: expected a name to look for, got tuple"):
+    with pytest.raises(TypeError, match="image: expected a name, got tuple"):
         images[0] in images  # noqa: B015
 
 
 def test_a_patch_dataset_does_not_search(patches: PatchDataset) -> None:
     """Python would draw a whole epoch to answer."""
-    with pytest.raises(TypeError, match="a PatchDataset cannot tell what it contains"):
+    with pytest.raises(TypeError, match="PatchDataset does not support `in`"):
         "a" in patches  # noqa: B015
 
 
