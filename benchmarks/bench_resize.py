@@ -41,14 +41,14 @@ def main(image: Path | None, count: int) -> None:
 def measure(path: Path, count: int) -> None:
     """Print the table for one image file."""
     hr = read_image(path)
-    kernels = {"compiled": module.kernel, "fallback": None}
-    if module.kernel is None:
+    kernels = {"compiled": module.resize_kernel, "fallback": None}
+    if module.resize_kernel is None:
         print("the compiled kernel is not built: only the fallback is measured")
         del kernels["compiled"]
 
     def shrink(kernel: object, scales: tuple[int, ...]) -> Callable[[], object]:
         def work() -> None:
-            module.kernel = kernel
+            module.resize_kernel = kernel
             for scale in scales:
                 imresize(hr, scale)
 

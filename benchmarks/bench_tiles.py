@@ -21,7 +21,7 @@ from common import machine, make_mosaics, rounds, seconds_of, table
 from storage import files_in, forget
 
 from loader import PatchDataset, PatchLoader
-from loader.ahead.footprint import batch_ranges, planes_of
+from loader.ahead.footprint import PatchSize, footprint
 from loader.ahead.reader import open_reader
 from loader.format import layout as fmt
 from loader.format.layout import HR
@@ -91,7 +91,7 @@ def measure(folders: dict[tuple[int, int], Path], scale: int, count: int) -> lis
         shares = [a / b for a, b in zip(times[str(DEFAULT)], times[str(tiles)], strict=True)]
         data = PatchDataset(folder, scale, PATCH)
         crops = data.plan.crops(0, np.arange(4096))
-        asked = pages(batch_ranges(planes_of(data.shards, scale, PATCH), crops))
+        asked = pages(footprint(data.shards.index, PatchSize(scale, PATCH).in_planes(crops)))
         needed = 4096 * (PATCH**2 + (PATCH * scale) ** 2) * 3
         reader = open_reader(data.shards, scale, PATCH, "pread")
         for start in range(0, 512, BATCH):
@@ -104,7 +104,7 @@ def measure(folders: dict[tuple[int, int], Path], scale: int, count: int) -> lis
                 f"{statistics.median(cold[tiles]):,.0f}",
                 f"{asked.bytes / needed:.2f}",
                 f"{len(asked) / 4096:.1f}",
-                f"{reader.asked.requests / 512:.1f}",
+                f"{reader.counts.requests / 512:.1f}",
             ]
         )
     return rows
@@ -118,14 +118,14 @@ def take(batches: Iterator[object]) -> None:
 
 def gather_work(data: PatchDataset) -> Callable[[], None]:
     """Gather some batches of both planes into kept memory."""
-    planes = planes_of(data.shards, data.scale, PATCH)
-    out = {plane.side: torch.empty(BATCH, plane.side, plane.side, 3, dtype=torch.uint8).numpy() for plane in planes}
-    crops = [data.plan.crops(0, np.arange(BATCH) + BATCH * step) for step in range(WARM_BATCHES)]
+    patch = PatchSize(data.scale, PATCH)
+    out = {side: torch.empty(BATCH, side, side, 3, dtype=torch.uint8).numpy() for side in (patch.lr, patch.hr)}
+    crops = [patch.in_planes(data.plan.crops(0, np.arange(BATCH) + BATCH * step)) for step in range(WARM_BATCHES)]
 
     def work() -> None:
         for batch in crops:
-            for plane in planes:
-                plane.gather(batch, out[plane.side])
+            for plane in batch:
+                data.shards.gather(plane, out[plane.side])
 
     return work
 

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from loader import PatchDataset
-from loader.ahead.footprint import batch_ranges, planes_of
-from loader.pixels.byte_ranges import Ranges, pages
+from loader.ahead.footprint import PatchSize, footprint
+from loader.pixels.byte_ranges import Ranges, crop_ranges, pages, tile_rows
 from loader.plan import Crops, Plan
 
 PAGE = 4096
@@ -79,7 +79,7 @@ class PickedDataset(PatchDataset):
 
 def touched(data: PatchDataset, crops: Crops) -> Ranges:
     """The bytes that crops touch in both planes, in whole pages, a range for each row of tiles."""
-    return pages(batch_ranges(planes_of(data.shards, data.scale, data.lr_patch), crops))
+    return pages(footprint(data.shards.index, PatchSize(data.scale, data.lr_patch).in_planes(crops)))
 
 
 def disjoint(data: PatchDataset, most: int) -> Ints:
@@ -109,10 +109,10 @@ def disjoint(data: PatchDataset, most: int) -> Ints:
 def spans_of(data: PatchDataset, crops: Crops, pages_of: list[NDArray[np.bool_]]) -> list[list[NDArray[np.bool_]]]:
     """For each crop the parts that it touches of arrays with an entry for each page of each shard."""
     spans: list[list[NDArray[np.bool_]]] = [[] for _ in crops.image]
-    for plane in planes_of(data.shards, data.scale, data.lr_patch):
-        ranges = pages(plane.ranges(crops))
-        columns = (plane.tile_rows(crops).crop, *vars(ranges).values())
-        for crop, shard, start, stop in zip(*(column.tolist() for column in columns), strict=True):
+    index = data.shards.index
+    for plane in PatchSize(data.scale, data.lr_patch).in_planes(crops):
+        ranges = pages(crop_ranges(index, plane))
+        for crop, (shard, start, stop) in zip(tile_rows(index, plane).crop.tolist(), ranges, strict=True):
             spans[crop].append(pages_of[shard][start // PAGE : stop // PAGE])
     return spans
 

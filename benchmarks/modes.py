@@ -15,7 +15,7 @@ from storage import files_in, fio_seconds, forget, mounted, remember
 from ways_ours import LOADER_AUTO
 
 from loader import PatchDataset
-from loader.pixels.byte_ranges import Ranges, cut, merged
+from loader.pixels.byte_ranges import Ranges, concatenated, cut, merged
 from loader.system.filesystem import advice_limit
 
 Rounds = dict[str, list[Reading]]  # by way
@@ -132,8 +132,7 @@ def asked(data: PatchDataset, batch_size: int) -> Ranges:
     for first in range(0, len(data), batch_size):
         crops = data.plan.crops(0, np.arange(first, min(first + batch_size, len(data))))
         batches.append(cut(merged(touched(data, crops)), limit))
-    columns = ([getattr(batch, key) for batch in batches] for key in ("shard", "start", "stop"))
-    return Ranges(*map(np.concatenate, columns))
+    return concatenated(batches)
 
 
 def order_of(way: Way, task: Task, settings: Settings) -> Order:

@@ -13,6 +13,7 @@ from crops import Task
 from reading import Pixels, Start, Way, buffers, by_batch
 
 from loader import PatchDataset, PatchLoader
+from loader.ahead.footprint import PatchSize
 from loader.ahead.reader import Io
 from loader.format.layout import HR
 
@@ -50,7 +51,7 @@ def open_memcpy_together(task: Task) -> Start:
     for plane, side, out in zip((task.scale, HR), task.sides, buffers(task.batch_size, *task.sides), strict=True):
         size, last = side * side * 3, data.shards.index.run_lengths(plane)[crops.image] - side * side * 3
         index = data.shards.index
-        run = data.shards.address(index.shard[crops.image]) + index.planes[plane].offset[crops.image]
+        run = data.shards.addresses(index.shard[crops.image]) + index.planes[plane].offset[crops.image]
         pieces = run + (crops.top * 509 + crops.left) * 997 % last
         planes.append((out.ctypes.data, pieces.tolist(), size))
     pool = ThreadPoolExecutor(2)
@@ -72,13 +73,11 @@ def open_gather(task: Task, transforms: bool = False, threads: int = 1) -> Start
     """Shards.gather for both planes, of crops drawn before; several threads share a batch."""
     data = task.dataset(augment=transforms)
     crops = data.plan.crops(0, np.arange(len(task.numbers)))
-    top, left = crops.top * task.scale, crops.left * task.scale
+    patch = PatchSize(task.scale, task.lr_patch)
 
     def gather(samples: range, lr: Pixels, hr: Pixels) -> None:
-        some = slice(samples.start, samples.stop)
-        image, transform = crops.image[some], crops.transform[some] if transforms else None
-        data.shards.gather(task.scale, image, crops.top[some], crops.left[some], lr, transform)
-        data.shards.gather(HR, image, top[some], left[some], hr, transform)
+        for plane, out in zip(patch.in_planes(crops[samples.start : samples.stop]), (lr, hr), strict=True):
+            data.shards.gather(plane, out)
 
     if threads == 1:
         return by_batch(task, gather)

@@ -1,10 +1,11 @@
-"""Batches made ahead of time: drawn, asked of the storage, gathered, and handed over in order.
+"""Batches made ahead of time: drawn, requested from storage, gathered, and returned in order.
 
-    Pipeline.__next__ ── asks ──> one thread: draw, ask ── gathers ──> some threads: gather ── Job.done ──> __next__
+    Pipeline.__next__ ── to_ask ──> one thread: draw, ask ── to_gather ──> some threads: gather ── Job.done ──> __next__
 
-Data and the end of it flow one way. Threads know the flow, never the pipeline, so that it can be dropped while they are
-at work. The garbage collector may do that anywhere, in any thread, under any lock: the pipeline's finaliser takes none
-and waits for nobody. It tells the first thread, each crew tells the next one, and the last thread closes the reader.
+Jobs flow one way, and so does the end: the pipeline tells the asking thread, that one tells the gathering threads, and
+the last of them closes the reader. The threads hold the queues but not the pipeline, so that a pipeline can be dropped
+while they work. The garbage collector may drop it anywhere, in any thread, under any lock: its finaliser takes no lock
+and waits for nothing.
 """
 
 import atexit
@@ -13,44 +14,43 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
-from loader.ahead.budget import Room
-from loader.ahead.reader import Reader, Ticket
+from loader.ahead.reader import Gather, Reader
 from loader.errors import ShardsError
 from loader.format.layout import CHANNELS
 from loader.pixels.tiles import Pixels
 from loader.plan import Crops
 from loader.system.crew import Crew, is_worker
 
-SAMPLES_AHEAD = 256  # asked for ahead of their turn, where nothing else is said
-EXIT_PATIENCE = 5.0  # seconds for all threads together, when the interpreter ends
+SAMPLES_AHEAD = 256  # default read-ahead, in samples
+EXIT_PATIENCE = 5.0  # seconds to wait for all threads at interpreter exit
 
 Step = TypeVar("Step")
 Batch = TypeVar("Batch")
-Take = Callable[[tuple[int, ...]], tuple[Batch, Pixels]]
+Allocate = Callable[[tuple[int, ...]], tuple[Batch, Pixels]]
 
 
 def default_readahead(batch_size: int) -> int:
-    """Batches to ask for ahead of their turn: as many as hold SAMPLES_AHEAD samples, at least 2."""
+    """Return how many batches to request ahead by default: as many as hold SAMPLES_AHEAD samples, at least 2."""
     return max(2, -(-SAMPLES_AHEAD // batch_size))
 
 
 class Pipeline(Iterator[tuple[Step, Batch, Batch]], Generic[Step, Batch]):
-    """Steps in order, each with its batches (n, p, p, 3) and (n, p·scale, p·scale, 3) of uint8.
+    """An iterator over (step, LR batch, HR batch), in order of the steps.
 
-    Threads start with the first batch. They end, and the reader is closed, when the steps are exhausted, at an error,
-    when the pipeline is closed or dropped, or when the interpreter ends. An error is raised once, in its turn.
+    Threads start with the first batch. They stop, and the reader is closed, when the steps are exhausted, on an error,
+    when the pipeline is closed or dropped, and at interpreter exit. An error is raised once, in place of its batch.
 
     Args:
-        reader: how to read them.
-        steps: what to give.
-        draw: gives the crops of a step; another thread calls it when it is time to ask for the batch's data.
-        readahead: batches to ask for before those that are being gathered.
-        threads: that gather.
-        take: gives memory of a shape, and the pixels to write to there; any thread calls it.
-        room: the reader's, if it has one.
+        reader: how to read them; closed by the pipeline.
+        steps: what to make batches of.
+        draw: returns the crops of a step; called by another thread.
+        readahead: batches to request beyond those being gathered.
+        threads: number of gathering threads.
+        allocate: returns a batch of a shape (n, side, side, 3), and its pixels to write to; called by any thread.
     """
 
     def __init__(
@@ -60,19 +60,18 @@ class Pipeline(Iterator[tuple[Step, Batch, Batch]], Generic[Step, Batch]):
         draw: Callable[[Step], Crops],
         readahead: int,
         threads: int,
-        take: Take[Batch],
-        room: Room,
+        allocate: Allocate[Batch],
     ) -> None:
-        self._flow: _Flow[Step, Batch] = _Flow(reader, draw, threads, take, room)
-        self._gatherers = Crew("srshards-gather", self._flow.gather_all, self._flow.end)
-        self._asker = Crew("srshards-ask", self._flow.ask_all, self._flow.no_more_asked)
+        self._stages: _Stages[Step, Batch] = _Stages(reader, draw, threads, allocate)
+        self._gatherers = Crew("srshards-gather", self._stages.run_gatherer, self._stages.close_reader)
+        self._asker = Crew("srshards-ask", self._stages.run_asker, self._stages.end_asking)
         self._steps, self._ahead, self._threads = steps, readahead + threads, threads
         self._jobs: deque[Job[Step, Batch]] = deque()
-        self._process: int | None = None  # whose threads there are
-        self._turn = threading.Lock()
+        self._process: int | None = None  # the process that started the threads
+        self._in_use = threading.Lock()
 
     def __next__(self) -> tuple[Step, Batch, Batch]:
-        """Give the next batch, and wait for it where need be.
+        """Return the next batch; wait for it if necessary.
 
         Raises:
             ShardsError: the threads belong to another process.
@@ -83,17 +82,17 @@ class Pipeline(Iterator[tuple[Step, Batch, Batch]], Generic[Step, Batch]):
                 "batches: expected the process that began to iterate, got one forked from it, without the threads; "
                 "call iter() on the PatchLoader there"
             )
-        if not self._turn.acquire(blocking=False):
+        if not self._in_use.acquire(blocking=False):
             raise RuntimeError("batches: expected one thread at a time, got a second one; give each its own iterator")
         try:
             return self._next()
         finally:
-            self._turn.release()
+            self._in_use.release()
 
     def close(self) -> None:
-        """End the threads, wait for them, and close the reader; there are no more batches then.
+        """Stop the threads, wait for them, and close the reader; no batches follow.
 
-        In a finaliser, drop the pipeline rather than close it.
+        In a finaliser, drop the pipeline instead.
         """
         self.stop()
         if self._process == os.getpid() and not is_worker():
@@ -101,42 +100,42 @@ class Pipeline(Iterator[tuple[Step, Batch, Batch]], Generic[Step, Batch]):
             self._gatherers.wait()
 
     def stop(self) -> None:
-        """Tell the threads to end, without waiting and without a lock."""
-        self._flow.stop()
+        """Tell the threads to stop, without waiting and without a lock."""
+        self._stages.stop()
 
     def __del__(self) -> None:
-        if flow := vars(self).get("_flow"):
-            flow.stop()
+        if stages := vars(self).get("_stages"):
+            stages.stop()
 
     def _next(self) -> tuple[Step, Batch, Batch]:
-        flow, jobs = self._flow, self._jobs
-        if self._process is None and not flow.stopped():
+        stages, jobs = self._stages, self._jobs
+        if self._process is None and not stages.stopped():
             self._start()
-        while not flow.stopped() and len(jobs) <= self._ahead and (step := next(self._steps, None)) is not None:
+        while not stages.stopped() and len(jobs) <= self._ahead and (step := next(self._steps, None)) is not None:
             jobs.append(Job(step))
-            flow.asks.put(jobs[-1])
-        if flow.stopped() or not jobs:  # looked at after `put`: a job behind the end of the line is not waited for
-            return self._nothing()
+            stages.to_ask.put(jobs[-1])
+        if stages.stopped() or not jobs:  # checked after `put`: nothing serves a job that comes after the end
+            return self._no_more()
         job = jobs[0]
-        if job.result is None:  # it is set before `done`: an interrupt right after `get` leaves nothing to wait for
+        if job.result is None:  # set before `done`: an interrupt right after `get` does not make the next call wait
             job.done.get()
         result = job.result
         if isinstance(result, BaseException):
             try:
-                if flow.stopped():
-                    return self._nothing()
+                if stages.stopped():
+                    return self._no_more()
                 self._finish()
                 raise result
             finally:
-                del result, job  # or the error would hold on to itself, through this frame
+                del result, job  # otherwise the error would keep itself alive through this frame
         assert result is not None
         jobs.popleft()
-        flow.turns.put(None)
+        stages.permits.put(None)
         return job.step, *result
 
-    def _nothing(self) -> tuple[Step, Batch, Batch]:
+    def _no_more(self) -> tuple[Step, Batch, Batch]:
         if _exiting and threading.current_thread().daemon:
-            SimpleQueue[None]().get()  # it goes no further, as daemon threads end wherever they are
+            SimpleQueue[None]().get()  # block until the interpreter is gone, as daemon threads do
         self._finish()
         raise StopIteration
 
@@ -149,98 +148,93 @@ class Pipeline(Iterator[tuple[Step, Batch, Batch]], Generic[Step, Batch]):
             self.stop()
             return
         self._process = os.getpid()
-        _running.add(self._flow)
+        _running.add(self._stages)
         try:
             self._gatherers.grow(self._threads)
             self._asker.grow(1)
         except BaseException:
             self.stop()
-            self._flow.no_more_asked()
+            self._stages.end_asking()
             self._gatherers.wait()
             raise
 
 
 class Job(Generic[Step, Batch]):
-    """A step on its way: what was asked for it, and the batches it becomes, or what went wrong."""
+    """A step on its way through the pipeline, and the batches it becomes, or the error."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
-        self.asked: tuple[Ticket, Crops] | None = None
+        self.count = 0
+        self.gather: Gather | None = None  # from the request until the result
         self.result: tuple[Batch, Batch] | BaseException | None = None
         self.done: SimpleQueue[None] = SimpleQueue()
 
-    def end(self, result: tuple[Batch, Batch] | BaseException) -> None:
-        """Hand over."""
-        self.asked, self.result = None, result
+    def finish(self, result: tuple[Batch, Batch] | BaseException) -> None:
+        """Set the result."""
+        self.gather, self.result = None, result
         self.done.put(None)
 
 
-class StoppedError(Exception):
-    """A step that nobody waits for any more."""
+class _Stages(Generic[Step, Batch]):
+    """What the threads share: their queues, and what they work with."""
 
-
-class _Flow(Generic[Step, Batch]):
-    """What the threads share: the queues between them, and what they work with."""
-
-    def __init__(
-        self, reader: Reader, draw: Callable[[Step], Crops], threads: int, take: Take[Batch], room: Room
-    ) -> None:
+    def __init__(self, reader: Reader, draw: Callable[[Step], Crops], threads: int, allocate: Allocate[Batch]) -> None:
         self._stopped = False
-        self.asks: SimpleQueue[Job[Step, Batch] | None] = SimpleQueue()
-        self.gathers: SimpleQueue[Job[Step, Batch] | None] = SimpleQueue()
-        self.turns: SimpleQueue[None] = SimpleQueue()  # one for each batch that may be gathered before its turn
+        self.to_ask: SimpleQueue[Job[Step, Batch] | None] = SimpleQueue()
+        self.to_gather: SimpleQueue[Job[Step, Batch] | None] = SimpleQueue()
+        self.permits: SimpleQueue[None] = SimpleQueue()  # one per batch that may be gathered ahead of time
         self.ended = threading.Event()
-        self._reader, self._draw, self._take, self._room = reader, draw, take, room
+        self._reader, self._draw, self._allocate = reader, draw, allocate
         for _ in range(threads + 1):
-            self.turns.put(None)
+            self.permits.put(None)
 
     def stop(self) -> None:
-        """Let all threads end. It takes no lock: finalisers call it."""
+        """Let all threads return. Takes no lock, so finalisers may call it."""
         self._stopped = True
-        self._room.close()
-        self.asks.put(None)
-        self.turns.put(None)
+        self._reader.cancel()
+        self.to_ask.put(None)
+        self.permits.put(None)
 
     def stopped(self) -> bool:
-        """Whether there is nobody to give batches to."""
+        """Return whether no more batches are wanted."""
         return self._stopped
 
-    def ask_all(self) -> None:
-        """What the asking thread does. It has no part in gathering: it must not wait where gathers wait for storage."""
-        while (job := self.asks.get()) is not None:
+    def run_asker(self) -> None:
+        """Draw and request jobs, in a thread of its own, so that slow gathers do not delay requests."""
+        while (job := self.to_ask.get()) is not None:
             try:
                 if self.stopped():
-                    raise StoppedError
+                    raise CancelledError
                 crops = self._draw(job.step)
-                job.asked = self._reader.ask(crops), crops
-                self.gathers.put(job)
-            except BaseException as error:  # for who waits
-                job.end(error)
-            del job  # and what it became
+                job.count, job.gather = len(crops), self._reader.ask(crops)
+                self.to_gather.put(job)
+            except BaseException as error:  # raised by __next__
+                job.finish(error)
+            del job  # it keeps the batch alive
 
-    def no_more_asked(self) -> None:
-        """What it does last."""
-        self.gathers.put(None)
+    def end_asking(self) -> None:
+        """Tell the gathering threads that no jobs follow."""
+        self.to_gather.put(None)
 
-    def gather_all(self) -> None:
-        """What each gathering thread does. The turn is taken first, so that the first job is always being gathered."""
+    def run_gatherer(self) -> None:
+        """Gather jobs. Each takes its permit first, so that the oldest job is never left without one."""
         while True:
-            self.turns.get()
-            job = self.gathers.get()
+            self.permits.get()
+            job = self.to_gather.get()
             if job is None:
                 break
             try:
-                job.end(self._gather(job))
-            except BaseException as error:  # for who waits
-                job.end(error)
+                job.finish(self._gather(job))
+            except BaseException as error:  # raised by __next__
+                job.finish(error)
             if self.stopped():
-                self.turns.put(None)
+                self.permits.put(None)
             del job
-        self.turns.put(None)  # for the next thread
-        self.gathers.put(None)
+        self.permits.put(None)  # for the next thread
+        self.to_gather.put(None)
 
-    def end(self) -> None:
-        """What the last thread does."""
+    def close_reader(self) -> None:
+        """Close the reader, once all threads are done with it."""
         try:
             self._reader.close()
         finally:
@@ -248,27 +242,26 @@ class _Flow(Generic[Step, Batch]):
             self.ended.set()
 
     def _gather(self, job: Job[Step, Batch]) -> tuple[Batch, Batch]:
-        if self.stopped() or job.asked is None:
-            raise StoppedError
-        ticket, crops = job.asked
-        (lr, lr_pixels), (hr, hr_pixels) = (
-            self._take((len(crops.image), side, side, CHANNELS)) for side in self._reader.sides
-        )
-        ticket.gather(lr_pixels, hr_pixels)
+        if self.stopped() or job.gather is None:
+            raise CancelledError
+        patch = self._reader.patch
+        lr, lr_pixels = self._allocate((job.count, patch.lr, patch.lr, CHANNELS))
+        hr, hr_pixels = self._allocate((job.count, patch.hr, patch.hr, CHANNELS))
+        job.gather(lr_pixels, hr_pixels)
         return lr, hr
 
 
-_running: set[_Flow[Any, Any]] = set()
+_running: set[_Stages[Any, Any]] = set()
 _exiting: list[bool] = []
 os.register_at_fork(after_in_child=_running.clear)
 
 
 @atexit.register
-def _end_all() -> None:
-    """Leave no thread at work in compiled code when the interpreter goes; storage that is dead is not waited for."""
+def _stop_all() -> None:
+    """Leave no thread in compiled code when the interpreter exits, but do not wait for storage that hangs."""
     _exiting.append(True)
-    flows, until = list(_running), time.monotonic() + EXIT_PATIENCE
-    for flow in flows:
-        flow.stop()
-    for flow in flows:
-        flow.ended.wait(max(until - time.monotonic(), 0))
+    running, deadline = list(_running), time.monotonic() + EXIT_PATIENCE
+    for stages in running:
+        stages.stop()
+    for stages in running:
+        stages.ended.wait(max(deadline - time.monotonic(), 0))

@@ -1,6 +1,7 @@
-"""Positional reads by a pool of threads: many requests in flight, where each takes long, as on network file systems."""
+"""Positional reads (pread) by a pool of threads: many requests in flight, for storage with high latency (networks)."""
 
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -8,10 +9,11 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from loader.ahead.budget import Room
-from loader.ahead.footprint import Asked, Plane
-from loader.format.layout import CHANNELS
-from loader.pixels.byte_ranges import Ranges, inner_pages
+from loader.ahead.budget import MemoryBudget
+from loader.ahead.footprint import PatchSize, ReadCounts
+from loader.format.layout import CHANNELS, Index
+from loader.pixels.byte_ranges import Ranges, inner_pages, tile_rows
+from loader.pixels.crops import PlaneCrops
 from loader.pixels.files import Files
 from loader.pixels.shards import Shards
 from loader.pixels.tiles import Ints, Pixels, gather_crops
@@ -19,174 +21,190 @@ from loader.plan import Crops
 from loader.system.crew import Crew
 
 READ_THREADS = 32  # reads in flight
-GAP = 128 << 10  # bytes worth reading to save a request where each takes milliseconds
+GAP = 128 << 10  # bytes worth reading to save one request
 
-
-class CancelledError(Exception):
-    """A read that was not begun, since nobody waits for it any more."""
-
-
-@dataclass(frozen=True)
-class Read:
-    """The bytes of one crop in one plane: ranges [first, last) of a batch; what went wrong, or None, goes to `done`."""
-
-    layout: "Layout"
-    memory: Pixels
-    first: int
-    last: int
-    done: SimpleQueue[BaseException | None]
+Outcomes = SimpleQueue[BaseException | None]  # of the reads of a batch: an error, or None
 
 
 class PositionalReader:
-    """Reads by preadv into memory of its own, many crops at once; neither maps files nor trusts their length.
+    """Reads with preadv into its own buffers, many crops at once. Maps no files, so a file cut short is an error.
 
-    Its threads start when there is something to read, and end when it is closed or dropped.
+    Its threads start with the first read and stop when it is closed or dropped.
     """
 
-    def __init__(self, shards: Shards, planes: tuple[Plane, Plane], drop_pages: bool, room: Room | None = None) -> None:
-        self.asked = Asked()
-        self.sides = (planes[0].side, planes[1].side)
-        self._planes, self._room = planes, room
-        self._reads: SimpleQueue[Read | None] = SimpleQueue()
+    def __init__(
+        self, shards: Shards, patch: PatchSize, drop_pages: bool = False, memory_limit: int | None = None
+    ) -> None:
+        self.patch, self.counts = patch, ReadCounts()
+        self._shards = shards
+        self._budget = None if memory_limit is None else MemoryBudget(memory_limit)
+        self._queue: SimpleQueue[CropRead | None] = SimpleQueue()
         files = Files(shards.folder, shards.index)
-        self._crew = Crew("srshards-read", partial(_read_all, self._reads, files, drop_pages, room), files.close)
+        self._crew = Crew("srshards-read", partial(_serve, self._queue, files, drop_pages, self._budget), files.close)
 
-    def ask(self, crops: Crops) -> "PositionalTicket":
+    def ask(self, crops: Crops) -> "partial[None]":
         """See Reader."""
         layouts = []
-        for plane in self._planes:
-            corner = crops.top * plane.zoom, crops.left * plane.zoom
-            plane.shards.check_crops(plane.scale, crops.image, *corner, (plane.side, plane.side))
-            layouts.append(_lay_out(plane, crops))
-        if self._room:
-            self._room.take(sum(layout.size for layout in layouts))
-        parts = [(layout, np.empty(layout.size, np.uint8)) for layout in layouts]
-        done: SimpleQueue[BaseException | None] = SimpleQueue()
-        reads = [Read(*part, first, last, done) for part in parts for first, last in part[0].by_crop()]
+        for plane in self.patch.in_planes(crops):
+            self._shards.check_crops(plane)
+            layouts.append(lay_out(self._shards.index, plane))
+        if self._budget:
+            self._budget.acquire(sum(layout.size for layout in layouts))
+        filled = [(layout, np.empty(layout.size, np.uint8)) for layout in layouts]
+        outcomes: Outcomes = SimpleQueue()
+        reads = [
+            CropRead(layout.ranges[some], layout.target[some], buffer, outcomes)
+            for layout, buffer in filled
+            for some in layout.by_crop()
+        ]
         self._crew.grow(min(READ_THREADS, len(reads)))
         for layout in layouts:
-            self.asked += layout.ranges
+            self.counts += layout.ranges
         for read in reads:
-            self._reads.put(read)
-        return PositionalTicket(crops, parts, len(reads), done, self._room)
+            self._queue.put(read)
+        return partial(_gather, filled, len(reads), outcomes, self._budget)
+
+    def cancel(self) -> None:
+        """See Reader."""
+        if self._budget:
+            self._budget.close()
 
     def close(self) -> None:
         """See Reader."""
-        self._reads.put(None)
+        self._queue.put(None)
         self._crew.wait()
 
     def __del__(self) -> None:
-        if reads := vars(self).get("_reads"):
-            reads.put(None)  # and wait for nothing: see Crew
-
-
-def _read_all(reads: SimpleQueue[Read | None], files: Files, drop_pages: bool, room: Room | None) -> None:
-    """Serve reads until there is a None among them, which is left to the next thread."""
-    while (read := reads.get()) is not None:
-        try:
-            if room and room.closed:
-                raise CancelledError
-            _read(read, files, drop_pages)
-        except BaseException as error:  # for who waits
-            read.done.put(error)
-        else:
-            read.done.put(None)
-        del read  # and its memory
-    reads.put(None)
-
-
-def _read(read: Read, files: Files, drop_pages: bool) -> None:
-    ranges = Ranges(*(column[read.first : read.last] for column in vars(read.layout.ranges).values()))
-    place = read.layout.place[read.first : read.last]
-    for at, shard, start, stop in zip(place, *vars(ranges).values(), strict=True):
-        files.read(int(shard), int(start), read.memory[at : at + stop - start])
-    if drop_pages:
-        files.drop(inner_pages(ranges))
+        if queue := vars(self).get("_queue"):
+            queue.put(None)  # without waiting: see Crew
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What to read of a batch in one plane, and where in `size` bytes of memory each crop's tiles begin then.
+class CropRead:
+    """The reads of one crop in one plane: ranges of shards, and the byte of `buffer` that each goes to."""
 
-    place: int64 (m,), byte in memory of each range. crop: int64 (m,), the crop of each range. base: int64 (n,), byte
-    at which a crop's first row of tiles would start; cols: int64 (n,), tiles from one row to the next. top, left: int64
-    (n,), the crop's corner from there.
+    ranges: Ranges
+    target: Ints
+    buffer: Pixels
+    outcomes: Outcomes
+
+
+def _serve(queue: "SimpleQueue[CropRead | None]", files: Files, drop_pages: bool, budget: MemoryBudget | None) -> None:
+    """Serve reads until None comes; leave it in the queue for the next thread."""
+    while (read := queue.get()) is not None:
+        try:
+            if budget and budget.closed:
+                raise CancelledError
+            for at, (shard, start, stop) in zip(read.target.tolist(), read.ranges, strict=True):
+                files.read(shard, start, read.buffer[at : at + stop - start])
+            if drop_pages:
+                files.drop(inner_pages(read.ranges))
+        except BaseException as error:  # raised where the batch is gathered
+            read.outcomes.put(error)
+        else:
+            read.outcomes.put(None)
+        del read  # it keeps the buffer alive
+    queue.put(None)
+
+
+def _gather(
+    filled: "list[tuple[ReadLayout, Pixels]]",
+    reads: int,
+    outcomes: Outcomes,
+    budget: MemoryBudget | None,
+    lr: Pixels,
+    hr: Pixels,
+) -> None:
+    """Wait for the reads of a batch, copy its crops out of the buffers, and free those."""
+    size = sum(layout.size for layout, _ in filled)
+    try:
+        for _ in range(reads):
+            if error := outcomes.get():
+                raise error
+        for (layout, buffer), out in zip(filled, (lr, hr), strict=True):
+            layout.gather(buffer, out)
+            del buffer
+    finally:
+        filled.clear()
+        if budget:
+            budget.release(size)
+
+
+@dataclass(frozen=True)
+class ReadLayout:
+    """What to read for the crops of one plane, and where the bytes land in one buffer of `size` bytes.
+
+    A crop over an image of 5 tiles per row, which touches tiles 6 to 8 and 11 to 13:
+
+        +----+----+----+----+----+      The image's run of tiles in the file:
+        |  0 |  1 |  2 |  3 |  4 |
+        +----+----+----+----+----+      … 5 |  6 |  7 |  8 |  9 | 10 | 11 | 12 | 13 | 14 …
+        |  5 |  6:::::7::::8|  9 |              [-----------]           [------------]
+        +----+--::+::::+::--+----+           one range for each row of tiles, from the first pixel
+        | 10 | 11:::12:::13 | 14 |           of the crop in it to the last
+        +----+----+----+----+----+
+
+    The buffer holds the tiles of one crop after another. Those of a crop are laid out like a small image whose first
+    tile is the first one touched, so that the gather kernel serves files and buffers alike:
+
+        rows of tiles far apart             |  6 |  7 |  8 | 11 | 12 | 13 |               cols = 3, two reads
+        at most GAP bytes between them      |  6 |  7 |  8 |  9 | 10 | 11 | 12 | 13 |     cols = 5, one read
+
+    Bytes of the buffer outside the ranges stay undefined, and no crop includes them.
+
+    ranges: m byte ranges of shards. target: int64 (m,), byte of the buffer that each range is read to. crop: int64
+    (m,), the crop that each range belongs to, ascending. tile: side of a tile. base: int64 (n,), byte of the buffer at
+    which a crop's first tile starts. cols: int64 (n,), tiles per row there. top, left: int64 (n,), the crop's corner
+    within its tiles. transform: int64 (n,), as in the crops.
     """
 
-    plane: Plane
     size: int
     ranges: Ranges
-    place: Ints
+    target: Ints
     crop: Ints
+    tile: int
     base: Ints
     cols: Ints
     top: Ints
     left: Ints
+    transform: Ints
 
-    def by_crop(self) -> Iterator[tuple[int, int]]:
-        """The ranges of each crop: first, and one beyond the last."""
+    def by_crop(self) -> Iterator[slice]:
+        """Yield which ranges belong to each crop."""
         edges = [0, *(np.flatnonzero(np.diff(self.crop)) + 1).tolist(), len(self.crop)]
-        return pairwise(edges)
+        return (slice(first, end) for first, end in pairwise(edges))
 
-    def gather(self, memory: Pixels, transform: Ints, out: Pixels) -> None:
-        """Copy the crops out of the memory, once all is read."""
-        tile = self.plane.shards.index.planes[self.plane.scale].tile
-        address = self.base + memory.ctypes.data
-        gather_crops(address, self.cols, self.top, self.left, transform, tile, out)
-
-
-@dataclass(frozen=True)
-class PositionalTicket:
-    """Crops whose bytes are being read."""
-
-    crops: Crops
-    parts: list[tuple[Layout, Pixels]]
-    reads: int
-    done: SimpleQueue[BaseException | None]
-    room: Room | None
-
-    def gather(self, lr: Pixels, hr: Pixels) -> None:
-        """See Ticket."""
-        try:
-            for _ in range(self.reads):
-                if error := self.done.get():
-                    raise error
-            for (layout, memory), out in zip(self.parts, (lr, hr), strict=True):
-                layout.gather(memory, self.crops.transform, out)
-                del memory
-        finally:
-            size = sum(layout.size for layout, _ in self.parts)
-            self.parts.clear()
-            if self.room:
-                self.room.give(size)
+    def gather(self, buffer: Pixels, out: Pixels) -> None:
+        """Copy the crops out of a buffer that was filled."""
+        address = self.base + buffer.ctypes.data
+        gather_crops(address, self.cols, self.top, self.left, self.transform, self.tile, out)
 
 
-def _lay_out(plane: Plane, crops: Crops) -> Layout:
-    """Decide what to read for crops, and where to put it."""
-    tile = plane.shards.index.planes[plane.scale].tile
-    whole = tile * tile * CHANNELS
-    rows = plane.tile_rows(crops)
-    # Where the tiles between one row's part and the next are few, one request takes them along.
-    together = (rows.image_cols - rows.cols) * whole <= GAP
-    cols = np.where(together, rows.image_cols, rows.cols)
+def lay_out(index: Index, crops: PlaneCrops) -> ReadLayout:
+    """Return what to read for crops, and where to put it."""
+    plane = index.planes[crops.level]
+    whole = plane.tile * plane.tile * CHANNELS
+    rows = tile_rows(index, crops)
+    one_read = (rows.image_cols - rows.cols) * whole <= GAP
+    cols = np.where(one_read, rows.image_cols, rows.cols)
     size = ((rows.rows - 1) * cols + rows.cols) * whole
-    space = np.cumsum(size) - size  # where the first tile that a crop touches is put
-    # Of crops whose rows go together only one range remains, from the first row's start to the last row's stop.
-    first = ~together[rows.crop] | (rows.row == 0)
-    last = ~together[rows.crop] | (rows.row == rows.rows[rows.crop] - 1)
+    base = np.cumsum(size) - size
+    # A crop that is one read keeps one range, from the start of its first row to the end of its last.
+    first = ~one_read[rows.crop] | (rows.row == 0)
+    last = ~one_read[rows.crop] | (rows.row == rows.rows[rows.crop] - 1)
     crop, row, start, stop = rows.crop[first], rows.row[first], rows.start[first], rows.stop[last]
     image = crops.image[crop]
-    offset = plane.shards.index.planes[plane.scale].offset[image]
+    offset = plane.offset[image]
     row_start = ((rows.first_row[crop] + row) * rows.image_cols[crop] + rows.first_col[crop]) * whole
-    place = space[crop] + row * cols[crop] * whole + start - row_start
-    return Layout(
-        plane=plane,
+    return ReadLayout(
         size=int(size.sum()),
-        ranges=Ranges(plane.shards.index.shard[image], offset + start, offset + stop),
-        place=place,
+        ranges=Ranges(index.shard[image], offset + start, offset + stop),
+        target=base[crop] + row * cols[crop] * whole + start - row_start,
         crop=crop,
-        base=space,
+        tile=plane.tile,
+        base=base,
         cols=cols,
-        top=crops.top * plane.zoom - rows.first_row * tile,
-        left=crops.left * plane.zoom - rows.first_col * tile,
+        top=crops.top - rows.first_row * plane.tile,
+        left=crops.left - rows.first_col * plane.tile,
+        transform=crops.transform,
     )

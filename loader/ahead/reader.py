@@ -1,13 +1,13 @@
-"""Asking the storage for the bytes of coming batches, early and exactly, and gathering the batches when they are due.
+"""Batch readers: request the bytes of a batch from storage early, gather the batch later.
 
-There are two ways, for two kinds of storage: loader.ahead.advice and loader.ahead.positional.
+Local disks and network file systems need different requests: loader.ahead.advice and loader.ahead.positional.
 """
 
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 from loader.ahead.advice import MappedReader
-from loader.ahead.budget import Room
-from loader.ahead.footprint import Asked, planes_of
+from loader.ahead.footprint import PatchSize, ReadCounts
 from loader.ahead.positional import PositionalReader
 from loader.pixels.shards import Shards
 from loader.pixels.tiles import Pixels
@@ -15,44 +15,47 @@ from loader.plan import Crops
 from loader.system.filesystem import is_network
 
 Io = Literal["auto", "mmap", "pread"]
-
-
-class Ticket(Protocol):
-    """A batch that was asked for."""
-
-    def gather(self, lr: Pixels, hr: Pixels) -> None:
-        """Write the batch's crops to (n, p, p, 3) and (n, p·scale, p·scale, 3), waiting for what is not there yet."""
+# Writes a batch to memory for LR and HR crops, uint8 (n, side, side, 3), once its bytes are there.
+Gather = Callable[[Pixels, Pixels], None]
 
 
 class Reader(Protocol):
-    """A way of reading batches of crops: ask early, gather late. Any thread may do either."""
+    """Reads batches of crops. Any thread may call its methods."""
 
-    asked: Asked
-    sides: tuple[int, int]  # of LR and HR crops
+    patch: PatchSize
+    counts: ReadCounts
 
-    def ask(self, crops: Crops) -> Ticket:
-        """Ask the storage for the bytes of a batch, without waiting for them."""
+    def ask(self, crops: Crops) -> Gather:
+        """Request the bytes of a batch without waiting for them; return the function that gathers the batch."""
+
+    def cancel(self) -> None:
+        """Begin no further reads. Takes no lock, so finalisers may call it."""
 
     def close(self) -> None:
-        """End threads and close files; tickets not gathered are void. Whoever drops a reader need not close it."""
+        """Stop threads and close files; batches not gathered yet are lost. A reader may also just be dropped."""
 
 
 def open_reader(
-    shards: Shards, scale: int, patch: int, io: Io = "auto", drop_pages: bool = False, room: Room | None = None
+    shards: Shards,
+    scale: int,
+    patch: int,
+    io: Io = "auto",
+    drop_pages: bool = False,
+    memory_limit: int | None = None,
 ) -> Reader:
-    """The way of reading that suits a dataset's storage, or the one asked for.
+    """Return a reader that suits the dataset's storage, or the one requested.
 
     Args:
         shards: the dataset.
         scale, patch: of the crops; the patch in LR pixels.
         io: "mmap": page advice; "pread": positional reads; "auto": positional reads on network file systems.
-        drop_pages: let go of pages once they were gathered, so that the page cache stays small.
-        room: bounds the memory that positional reads take before they are gathered, where one thread alone asks; once
-            it is closed, no read is begun. None: as much as is asked for.
+        drop_pages: release pages once they were gathered, which keeps the page cache small.
+        memory_limit: bytes that positional reads may fill before they are gathered, or two batches' if larger. One
+            thread only may then call `ask`, which waits for memory. None: no limit.
     """
     if io == "auto":
         io = "pread" if is_network(shards.folder) else "mmap"
-    planes = planes_of(shards, scale, patch)
+    size = PatchSize(scale, patch)
     if io == "pread":
-        return PositionalReader(shards, planes, drop_pages, room)
-    return MappedReader(shards, planes, drop_pages)
+        return PositionalReader(shards, size, drop_pages, memory_limit)
+    return MappedReader(shards, size, drop_pages)

@@ -1,1 +1,1 @@
-"""Bytes to crops: tiles in memory-mapped shards. Needs numpy alone."""
+"""From bytes to crops: tiles in memory-mapped shards. Depends on numpy only."""

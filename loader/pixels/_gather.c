@@ -1,9 +1,10 @@
-/* Crops out of tiles, each under one of the 8 transforms: the compiled twin of tiles.gather and tiles.transformed.
+/* The gather kernel: copy crops out of tiles under one of the 8 transforms. tiles.copy_crop and tiles.transformed are
+   its fallback.
 
-   Tiles lie in many places, which the processor cannot guess: the cache is asked for the coming ones while others are
-   copied. Rows are copied one by one, mirrored or not, each from all tiles that it crosses. Transposed crops are taken
-   tile by tile, in blocks that are turned in vector registers. Addresses come from loader.pixels.shards, which has checked
-   the crops against the mapped files. */
+   Tiles are scattered in memory and hardware prefetching cannot predict them, so the coming ones are prefetched while
+   others are copied. Rows are copied one by one, mirrored or not, each from all tiles that it crosses. Transposed crops
+   are copied tile by tile, in blocks transposed in vector registers. Addresses come from loader.pixels.shards, which
+   checks crops against the mapped files. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -21,8 +22,8 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { CHANNELS = 3, CACHE_LINE = 64, LINES_AHEAD = 16, PLACES_AHEAD = 4 };
-enum { STAGE = 4096, LARGE = 4 << 20 }; /* bytes: of the longest line that is streamed, and of outputs from which on */
+enum { CHANNELS = 3, CACHE_LINE = 64, LINES_AHEAD = 16, WRITES_AHEAD = 4 };
+enum { STAGE = 4096, LARGE = 4 << 20 }; /* bytes: longest line that is streamed; smallest output that is */
 enum { MIRROR_COLUMNS = 1, MIRROR_ROWS = 2, TRANSPOSE = 4 }; /* bits of a transform */
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
@@ -34,29 +35,29 @@ typedef struct {
     int64_t cols, tile, top, left, height, width, transform;
 } Crop;
 
-/* What lies of a crop in one tile. Steps are in bytes; a negative one goes through a side backwards. */
+/* The part of a crop in one tile. Steps are in bytes; a negative one runs backwards. */
 typedef struct {
-    const uint8_t *from, *next; /* `next`: the tile to ask the cache for */
+    const uint8_t *from, *next; /* `next`: the tile to prefetch */
     uint8_t *to, *next_to;
-    int64_t lines, pixels;                    /* of the source */
-    int64_t next_pixels;                      /* places to ask the cache for, from `next_to` on */
-    int64_t from_step, line_step, pixel_step; /* from line to line; in `to`, per line and per pixel of the source */
+    int64_t lines, pixels;                    /* in the source */
+    int64_t next_pixels;                      /* output lines to prefetch from `next_to` on */
+    int64_t from_step, line_step, pixel_step; /* between source lines; in `to`, per source line and per source pixel */
 } Piece;
 
-INLINE void ask(const uint8_t *at, int64_t bytes)
+INLINE void prefetch(const uint8_t *at, int64_t bytes)
 {
     for (int64_t i = 0; i < bytes; i += CACHE_LINE)
         __builtin_prefetch(at + i);
 }
 
-/* The same for bytes to be written. */
-INLINE void ask_to_write(const uint8_t *at, int64_t bytes)
+/* The same for writing. */
+INLINE void prefetch_for_writing(const uint8_t *at, int64_t bytes)
 {
     for (int64_t i = 0; i < bytes; i += CACHE_LINE)
         __builtin_prefetch(at + i, 1);
 }
 
-/* Write a line past the caches, `to` and `bytes` being multiples of theirs, where that can be done. */
+/* Write a line with non-temporal stores, if available. `to` and `bytes` are multiples of a cache line. */
 INLINE void stream(uint8_t *to, const uint8_t *from, int64_t bytes)
 {
 #if defined(__SSE2__)
@@ -67,7 +68,7 @@ INLINE void stream(uint8_t *to, const uint8_t *from, int64_t bytes)
 #endif
 }
 
-/* Four pixels: 16 bytes at once where those beyond the 12 may be touched, else by way of words. */
+/* Load four pixels: 16 bytes at once if the 4 bytes beyond may be read, otherwise in words. */
 INLINE Bytes load_four(const uint8_t *from, int wide)
 {
     if (wide) {
@@ -94,7 +95,7 @@ INLINE void store_four(uint8_t *to, Bytes all, int wide)
     memcpy(to + 8, &high, 4);
 }
 
-/* Five pixels in reverse order, and no byte beyond: the bytes 7 to 14 are loaded into the upper half. */
+/* Load five pixels in reverse order without reading beyond them: the upper half holds bytes 7 to 14. */
 INLINE Bytes load_mirrored(const uint8_t *from)
 {
     uint64_t low, high;
@@ -106,7 +107,7 @@ INLINE Bytes load_mirrored(const uint8_t *from)
 
 INLINE void mirror_row(uint8_t *to, const uint8_t *from, int64_t pixels)
 {
-    int64_t x = 0; /* in `to`; the 16th byte of each store belongs to the next one */
+    int64_t x = 0; /* in `to`; the 16th byte of a store is overwritten by the next */
     for (; x + 5 < pixels; x += 5) {
         const Bytes five = load_mirrored(from + (pixels - x - 5) * CHANNELS);
         memcpy(to + x * CHANNELS, &five, 16);
@@ -115,7 +116,7 @@ INLINE void mirror_row(uint8_t *to, const uint8_t *from, int64_t pixels)
         memcpy(to + x * CHANNELS, from + (pixels - x - 1) * CHANNELS, CHANNELS);
 }
 
-/* A line of a crop: where it starts in the first tile that it crosses, and how many are left in that row of tiles. */
+/* A line of a crop: its start in the first tile that it crosses, and the lines left in that row of tiles. */
 typedef struct {
     const uint8_t *at;
     int64_t left;
@@ -132,17 +133,17 @@ INLINE void to_next_line(Line *line, const Crop *crop)
 {
     const int64_t tile_row = crop->tile * CHANNELS;
     line->at += tile_row;
-    if (--line->left == 0) { /* from the end of a tile to the one below */
+    if (--line->left == 0) { /* from the end of a tile to the tile below */
         line->at += (crop->cols - 1) * crop->tile * tile_row;
         line->left = crop->tile;
     }
 }
 
-INLINE void ask_line(Line *line, const Crop *crop, int64_t tiles)
+INLINE void prefetch_line(Line *line, const Crop *crop, int64_t tiles)
 {
     const int64_t tile_row = crop->tile * CHANNELS;
     for (int64_t i = 0; i < tiles; i++)
-        ask(line->at + i * crop->tile * tile_row, tile_row);
+        prefetch(line->at + i * crop->tile * tile_row, tile_row);
     to_next_line(line, crop);
 }
 
@@ -150,16 +151,16 @@ INLINE void copy_pixels(uint8_t *to, const uint8_t *from, int64_t pixels, int mi
 {
     if (mirrored)
         mirror_row(to, from, pixels);
-    else if (pixels == 64) /* whole tiles of the default size: a copy of constant length needs no call */
+    else if (pixels == 64) /* a full line of a default tile: copies of constant length are inlined */
         memcpy(to, from, 64 * CHANNELS);
     else
         memcpy(to, from, (size_t)(pixels * CHANNELS));
 }
 
-/* A crop line by line, each from all tiles that it crosses; the lines go to `out` from the first or the last on.
+/* Copy a crop line by line, each from all tiles that it crosses; `out` is filled from its first or its last line on.
 
-   Of a large output little will be in the caches when it is used. Streaming it spares the memory the reading of what
-   will be overwritten, a third of the traffic, and leaves the caches to others. Lines are put together in `stage`. */
+   A large output is evicted from the caches before it is used. Non-temporal stores avoid reading the lines that will be
+   overwritten, a third of the memory traffic, and do not pollute the caches. Lines are assembled in `stage`. */
 INLINE void gather_lines(const Crop *crop, const Crop *next, int mirrored, int large, uint8_t *out)
 {
     const int64_t tile = crop->tile, row = crop->width * CHANNELS, in_x = crop->left % tile;
@@ -176,11 +177,11 @@ INLINE void gather_lines(const Crop *crop, const Crop *next, int mirrored, int l
         uint8_t *to = streamed ? stage : out;
 
         if (!streamed)
-            ask_to_write(out + PLACES_AHEAD * step, row);
+            prefetch_for_writing(out + WRITES_AHEAD * step, row);
         if (y + ahead < crop->height)
-            ask_line(&coming, crop, tiles);
+            prefetch_line(&coming, crop, tiles);
         else
-            ask_line(&after, next, tiles);
+            prefetch_line(&after, next, tiles);
         for (int64_t x = 0, pixels; x < crop->width; x += pixels) {
             const int64_t room = x ? tile : tile - in_x;
             pixels = room < crop->width - x ? room : crop->width - x;
@@ -193,7 +194,7 @@ INLINE void gather_lines(const Crop *crop, const Crop *next, int mirrored, int l
     }
 }
 
-/* Four lines of four pixels, transposed. */
+/* Transpose four lines of four pixels. */
 INLINE void transpose_block(const uint8_t *from, int64_t from_step, int wide_from, uint8_t *to, int64_t to_step,
                             int wide_to)
 {
@@ -218,12 +219,12 @@ INLINE void transpose_block(const uint8_t *from, int64_t from_step, int wide_fro
     }
 }
 
-/* Four lines of a piece as columns. With `wide`, stores may run over into the columns of the next two lines. */
+/* Store four lines of a piece as columns. With `wide`, stores may spill into the columns of the next two lines. */
 INLINE void place_four_columns(const uint8_t *from, int64_t from_step, int64_t pixels, uint8_t *to, int64_t to_step,
                                int wide)
 {
     int64_t j = 0;
-    for (; j + 6 <= pixels; j += 4) /* 16 bytes reach into the sixth pixel */
+    for (; j + 6 <= pixels; j += 4) /* a load of 16 bytes touches the sixth pixel */
         transpose_block(from + j * CHANNELS, from_step, 1, to + j * to_step, to_step, wide);
     for (; j + 4 <= pixels; j += 4)
         transpose_block(from + j * CHANNELS, from_step, 0, to + j * to_step, to_step, wide);
@@ -232,12 +233,12 @@ INLINE void place_four_columns(const uint8_t *from, int64_t from_step, int64_t p
             memcpy(to + j * to_step + k * CHANNELS, from + k * from_step + j * CHANNELS, CHANNELS);
 }
 
-/* The rows of a piece as columns. */
+/* Store the lines of a piece as columns. */
 INLINE void place_columns(Piece piece)
 {
     const int64_t row = piece.from_step;
     int64_t i = 0;
-    if (piece.line_step < 0) { /* take the lines from the last one on: stores then go forwards */
+    if (piece.line_step < 0) { /* start with the last line, so that stores run forwards */
         piece.next_to += (piece.lines - 1) * piece.line_step;
         piece.from += (piece.lines - 1) * piece.from_step;
         piece.to += (piece.lines - 1) * piece.line_step;
@@ -247,9 +248,9 @@ INLINE void place_columns(Piece piece)
     for (; i + 4 <= piece.lines; i += 4) {
         const uint8_t *from = piece.from + i * piece.from_step;
         uint8_t *to = piece.to + i * piece.line_step;
-        ask(piece.next + i * row, 4 * row);
+        prefetch(piece.next + i * row, 4 * row);
         for (int64_t j = i; j < i + 4 && j < piece.next_pixels; j++)
-            ask_to_write(piece.next_to + j * piece.pixel_step, piece.lines * CHANNELS);
+            prefetch_for_writing(piece.next_to + j * piece.pixel_step, piece.lines * CHANNELS);
         if (i + 6 <= piece.lines)
             place_four_columns(from, piece.from_step, piece.pixels, to, piece.pixel_step, 1);
         else
@@ -261,13 +262,13 @@ INLINE void place_columns(Piece piece)
                    piece.from + i * piece.from_step + j * CHANNELS, CHANNELS);
 }
 
-/* A crop with lines and pixels changing places, tile by tile. */
+/* Copy a transposed crop tile by tile. */
 INLINE void gather_columns(const Crop *crop, uint8_t *out)
 {
     const int64_t tile = crop->tile, tile_row = tile * CHANNELS, tile_bytes = tile * tile_row;
     int64_t line_step = CHANNELS, pixel_step = crop->height * CHANNELS;
 
-    if (crop->transform & MIRROR_COLUMNS) { /* pixels go backwards, from the last place */
+    if (crop->transform & MIRROR_COLUMNS) { /* pixels run backwards from the last position */
         out += (crop->width - 1) * pixel_step;
         pixel_step = -pixel_step;
     }
@@ -284,7 +285,7 @@ INLINE void gather_columns(const Crop *crop, uint8_t *out)
             const uint8_t *line = line_of(crop, y).at + ((crop->left + x) / tile - crop->left / tile) * tile_bytes;
             Piece piece = {
                 .from = line + in_x * CHANNELS,
-                .next = line, /* the last piece asks for itself */
+                .next = line, /* the last piece prefetches itself */
                 .to = out + y * line_step + x * pixel_step,
                 .next_to = out,
                 .lines = lines,
@@ -318,11 +319,11 @@ static void gather_crop(const Crop *crop, const Crop *next, int large, uint8_t *
         gather_lines(crop, next, 0, large, out);
 }
 
-/* Arguments: everything is checked here that can be, since anyone may call these functions. What cannot be checked is
-   whether there is memory at the addresses: for that the caller answers. */
+/* Arguments. Everything that can be checked is checked here, since any Python code may call these functions. Whether
+   the addresses are readable cannot be: the caller guarantees it. */
 
-/* A C-contiguous array of native integers of `size` bytes, signed or not, as `kind` is 'i' or 'u'; else an exception.
-   The buffer is to be released only if there was none. */
+/* Get the buffer of a C-contiguous array of native integers of `size` bytes, signed ('i') or unsigned ('u'). Returns 0
+   with an exception set otherwise; the caller releases the buffer on success only. */
 static int take_array(PyObject *object, const char *name, Py_ssize_t size, char kind, int flags, Py_buffer *view)
 {
     if (PyObject_GetBuffer(object, view, PyBUF_ND | PyBUF_FORMAT | flags) != 0)
@@ -339,8 +340,8 @@ static int take_array(PyObject *object, const char *name, Py_ssize_t size, char 
     return 0;
 }
 
-/* A copy of a column of int64, so that nobody changes what was checked, to be freed; else NULL and an exception.
-   `count` is that of the first column, -1 when that is being read. */
+/* Return a copy of a column of int64, which no other thread can change after the checks; the caller frees it. NULL with
+   an exception set on failure. `count` is the length of the first column, -1 while that is read. */
 static int64_t *take_column(PyObject *object, const char *name, Py_ssize_t *count)
 {
     Py_buffer view;
@@ -351,7 +352,7 @@ static int64_t *take_column(PyObject *object, const char *name, Py_ssize_t *coun
     if (*count < 0 && view.ndim == 1)
         *count = view.shape[0];
     if (view.ndim != 1 || view.shape[0] != *count)
-        PyErr_Format(PyExc_ValueError, "%s: the arrays' lengths do not fit one another: expected %zd entries, got %zd",
+        PyErr_Format(PyExc_ValueError, "%s: expected %zd entries, as in the first array, got %zd",
                      name, *count, view.len / view.itemsize);
     else if ((values = PyMem_Malloc(view.len > 0 ? (size_t)view.len : 1)) == NULL)
         PyErr_NoMemory();
@@ -361,9 +362,9 @@ static int64_t *take_column(PyObject *object, const char *name, Py_ssize_t *coun
     return values;
 }
 
-/* What is wrong with a crop, or NULL. Nothing that is computed from one that passes can overflow: the kernel looks
-   LINES_AHEAD lines beyond a crop, without reading there. */
-static const char *wrong_with(const Crop *crop)
+/* Return an error message about a crop, or NULL. No arithmetic on a crop that passes can overflow, even though the
+   kernel computes addresses, but reads nothing, up to LINES_AHEAD lines beyond it. */
+static const char *crop_error(const Crop *crop)
 {
     int64_t right, bottom, bytes;
 
@@ -383,7 +384,7 @@ static const char *wrong_with(const Crop *crop)
         (uint64_t)(uintptr_t)crop->tiles > (uint64_t)INTPTR_MAX - (uint64_t)bytes || bytes > INTPTR_MAX)
         return "top: expected a crop within the address space";
     if (crop->tiles == NULL)
-        return "address: expected one, got 0";
+        return "address: expected a valid one, got 0";
     return NULL;
 }
 
@@ -413,11 +414,11 @@ static PyObject *gather(PyObject *module, PyObject *args)
     else if (__builtin_mul_overflow(height, width, &size) || __builtin_mul_overflow(size, CHANNELS, &size) ||
              out.ndim != 4 ||
              out.shape[0] != count || out.shape[1] != height || out.shape[2] != width || out.shape[3] != CHANNELS)
-        problem = "out: the arrays' lengths do not fit one another: expected (n, height, width, 3)";
+        problem = "out: expected (n, height, width, 3), with n as in the other arrays";
     for (Py_ssize_t i = 0; i < count && problem == NULL; i++) {
         const Crop crop = {(const uint8_t *)(intptr_t)values[ADDRESS][i], values[COLS][i], tile, values[TOP][i],
                            values[LEFT][i], height, width, values[TRANSFORM][i]};
-        problem = wrong_with(&crop);
+        problem = crop_error(&crop);
     }
     if (problem != NULL) {
         PyErr_Format(PyExc_ValueError, "gather: %s", problem);
@@ -426,7 +427,7 @@ static PyObject *gather(PyObject *module, PyObject *args)
     uint8_t *to = out.buf;
     Py_BEGIN_ALLOW_THREADS
     Crop crop, next = {0};
-    for (Py_ssize_t i = count; i >= 0; i--) { /* one early, since each needs to know the next */
+    for (Py_ssize_t i = count; i >= 0; i--) { /* one iteration early: each crop needs the next one */
         crop = next;
         if (i > 0)
             next = (Crop){(const uint8_t *)(intptr_t)values[ADDRESS][i - 1], values[COLS][i - 1], tile,
@@ -435,7 +436,7 @@ static PyObject *gather(PyObject *module, PyObject *args)
             gather_crop(&crop, &next, out.len >= LARGE, to + i * size);
     }
 #if defined(__SSE2__)
-    _mm_sfence(); /* what was streamed is there for other threads */
+    _mm_sfence(); /* make non-temporal stores visible to other threads */
 #endif
     Py_END_ALLOW_THREADS
     result = Py_NewRef(Py_None);
@@ -461,7 +462,7 @@ static PyObject *advise(PyObject *module, PyObject *args)
     if ((address = take_column(given_address, "address", &count)) == NULL ||
         (length = take_column(given_length, "length", &count)) == NULL)
         goto done;
-    /* Others change what is in memory, or what children inherit. */
+    /* Other advice changes the content of memory, or what child processes inherit. */
     if (advice != MADV_NORMAL && advice != MADV_RANDOM && advice != MADV_SEQUENTIAL && advice != MADV_WILLNEED &&
         advice != MADV_DONTNEED)
         problem = "advice: expected MADV_NORMAL, RANDOM, SEQUENTIAL, WILLNEED or DONTNEED";
@@ -474,7 +475,7 @@ static PyObject *advise(PyObject *module, PyObject *args)
     }
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t i = 0; i < count; i++)
-        (void)madvise((void *)(intptr_t)address[i], (size_t)length[i], advice); /* advice may be declined */
+        (void)madvise((void *)(intptr_t)address[i], (size_t)length[i], advice); /* the system may decline */
     Py_END_ALLOW_THREADS
     result = Py_NewRef(Py_None);
 
@@ -488,15 +489,14 @@ static PyMethodDef methods[] = {
     {"gather", gather, METH_VARARGS,
      "gather(address, cols, top, left, transform, tile, height, width, out)\n\n"
      "Copy one crop per entry of the int64 arrays (n,) into out, uint8 (n, height, width, 3).\n\n"
-     "Raises TypeError or ValueError for arrays of another kind or length, crops that begin before their image or\n"
-     "reach beyond their rows of tiles, transforms beyond 0 to 7, and sizes that overflow. The addresses cannot be\n"
-     "checked: the caller answers for the memory from each of them to the end of the crop's last row of tiles."},
+     "Raises TypeError or ValueError for arrays of another type or length, crops outside their rows of tiles,\n"
+     "transforms outside 0 to 7, and sizes that overflow. Addresses cannot be checked: the caller guarantees that the\n"
+     "memory from each of them to the end of the crop's last row of tiles is readable."},
     {"advise", advise, METH_VARARGS,
      "advise(address, length, advice)\n\n"
-     "Call madvise for each range of the int64 arrays (n,). Advice that the system declines is no error.\n\n"
-     "Raises TypeError or ValueError for arrays of another kind or length, negative ranges, and advice that does\n"
-     "more than say how memory will be used. The addresses cannot be checked: MADV_DONTNEED drops what private\n"
-     "memory holds."},
+     "Call madvise for each range of the int64 arrays (n,). Errors of madvise are ignored.\n\n"
+     "Raises TypeError or ValueError for arrays of another type or length, negative ranges, and advice that changes\n"
+     "more than caching. Addresses cannot be checked: MADV_DONTNEED discards the content of private memory."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,4 +1,4 @@
-"""Shards as open files: positional reads, and letting go of their pages."""
+"""Shards as open files: positional reads, and dropping pages from the page cache."""
 
 import os
 from collections.abc import Callable
@@ -16,23 +16,23 @@ from loader.system.safefile import open_member
 
 
 def open_shard(folder: Path, index: Index, number: int) -> int:
-    """A descriptor of a shard's file, once it is known to have the length recorded, and to be of this index still.
+    """Return a descriptor of a shard's file.
 
     Raises:
-        FormatError: it has not, or is not, or cannot be opened.
+        FormatError: the file cannot be opened, its length differs from the index, or the dataset was rebuilt.
     """
     shard = index.shards[number]
     path = folder / shard.file
     try:
-        descriptor = _patiently(partial(open_member, path))
+        descriptor = _with_retries(partial(open_member, path))
     except OSError as error:
         raise FormatError(f"{path}: expected a file that can be read, got {_reason(error)}") from None
     try:
         if (size := os.fstat(descriptor).st_size) != shard.bytes:
             raise FormatError(f"{path}: length: expected {shard.bytes} bytes, got {size}")
-        # The check opens a file too. A descriptor to spare is found first, so that a lack of them has its own message.
-        os.close(_patiently(partial(os.dup, descriptor)))
-        # A build removes the old index before it touches the old shards: with the index still there, this is its shard.
+        # The next check opens a file, too. Make sure of a spare descriptor, so that a lack of one is reported as such.
+        os.close(_with_retries(partial(os.dup, descriptor)))
+        # A build removes the old index before it touches the old shards: if the index is there, so is its shard.
         check_current(folder, index)
     except OSError as error:
         os.close(descriptor)
@@ -43,8 +43,8 @@ def open_shard(folder: Path, index: Index, number: int) -> int:
     return descriptor
 
 
-def _patiently(open_file: Callable[[], int]) -> int:
-    """Open a file; where there are too many, make room and try again."""
+def _with_retries(open_file: Callable[[], int]) -> int:
+    """Open a file; if there are too many, close others and try again."""
     while True:
         try:
             return open_file()
@@ -60,9 +60,9 @@ def _reason(error: OSError) -> str:
 
 
 class Files:
-    """The shards' files, each opened when it is first read, and again after others took its place.
+    """The files of a dataset's shards, each opened on first use, and again if it was closed to make room for others.
 
-    They are closed when it is dropped, or by `close`.
+    `close`, or dropping the object, closes them.
     """
 
     def __init__(self, folder: Path, index: Index) -> None:
@@ -76,10 +76,10 @@ class Files:
         self.close()
 
     def read(self, shard: int, start: int, out: Pixels) -> None:
-        """Fill `out` with the bytes of a shard from `start` on.
+        """Fill `out` with bytes of a shard, from byte `start` on.
 
         Raises:
-            FormatError: the file cannot be read, or ends too early.
+            FormatError: the file cannot be read, or is too short.
         """
         done, view = 0, memoryview(out)  # type: ignore[arg-type]
         with self._use(shard) as descriptor:
@@ -89,20 +89,20 @@ class Files:
                 except OSError as error:
                     got, reason = 0, _reason(error)
                 else:
-                    reason = f"its end at {start + done}"
+                    reason = f"end of file at {start + done}"
                 if not got:
                     path = self._folder / self._index.shards[shard].file
                     raise FormatError(f"{path}: expected bytes {start} to {start + len(view)}, got {reason}")
                 done += got
 
     def drop(self, ranges: Ranges) -> None:
-        """Let the kernel forget pages, where it will."""
-        for shard, start, stop in zip(*(column.tolist() for column in vars(ranges).values()), strict=True):
+        """Advise the system to drop pages from the page cache."""
+        for shard, start, stop in ranges:
             with self._use(shard) as descriptor, suppress(OSError):
                 os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Close them all; OSError naming the first that could not be closed well."""
+        """Close all files; raise the first OSError after that."""
         failed: OSError | None = None
         while self._open:
             try:

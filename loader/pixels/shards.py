@@ -1,4 +1,4 @@
-"""A dataset opened for reading: every image as tiles within mapped files, which each process maps when first needed."""
+"""A dataset opened for reading: images as tiles in memory-mapped files."""
 
 import mmap
 import os
@@ -12,22 +12,24 @@ from loader.errors import FormatError, ShardsError
 from loader.format.identity import dataset_identity
 from loader.format.index import read_index
 from loader.format.layout import CHANNELS, Index, plane_name, run_length, tiles_across
+from loader.pixels.byte_ranges import Ranges
+from loader.pixels.crops import PlaneCrops
 from loader.pixels.files import Files, open_shard
-from loader.pixels.tiles import Ints, Pixels, gather_crops, kernel
+from loader.pixels.tiles import Ints, Pixels, gather_crops, gather_kernel
 from loader.system.filesystem import StorageWatch
 from loader.system.memory_map import advise, map_file
 
 
 class Shards:
-    """The pixels of a dataset, read through memory maps; no library of the container is called.
+    """The pixels of a dataset, memory-mapped; each process maps a shard on first use. Never calls libhdf5.
 
-    It pickles as its path and digest, and opens itself again where it is unpickled.
+    Pickles as path and digest, and reopens the dataset when unpickled.
 
     Args:
-        folder: holds index.json and the shards it names.
+        folder: contains index.json and the shards it names.
 
     Raises:
-        FormatError: what is in the folder does not keep to the format.
+        FormatError: the folder does not contain a valid dataset.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -46,34 +48,34 @@ class Shards:
         if self.index.sha256 != state["sha256"]:
             raise FormatError(f"{self.folder}: expected the dataset opened before, got one built since")
 
-    def need_scale(self, scale: int) -> None:
-        """Raise ShardsError unless the dataset has LR of that scale."""
+    def check_scale(self, scale: int) -> None:
+        """Raise ShardsError unless the dataset has LR at `scale`."""
         if scale not in self.index.scales:
             have = ", ".join(map(str, self.index.scales)) or "none: HR alone"
             raise ShardsError(f"{self.folder}: scale: expected one that was built ({have}), got {scale}")
 
     def identity(self, scale: int) -> str:
-        """What the dataset is, for a stream of that scale; see `dataset_identity`."""
+        """Return the dataset's identity for a stream at `scale`, see `dataset_identity`."""
         if scale not in self._identities:
             self._identities[scale] = dataset_identity(self.index, scale)
         return self._identities[scale]
 
-    def tiles(self, image: int, scale: int) -> Pixels:
-        """One image of the plane of that scale (1: HR), as a view (rows, cols, T, T, 3) of the mapped file."""
-        shard, plane = int(self.index.shard[image]), self.index.planes[scale]
-        side, (height, width) = plane.tile, self.index.sizes(scale)
+    def tiles(self, image: int, level: int) -> Pixels:
+        """Return one image of a plane as a view (rows, cols, T, T, 3) of the mapped file."""
+        shard, plane = int(self.index.shard[image]), self.index.planes[level]
+        side, (height, width) = plane.tile, self.index.sizes(level)
         rows, cols = (tiles_across(int(pixels[image]), side) for pixels in (height, width))
         shape = (rows, cols, side, side, CHANNELS)
         return np.ndarray(shape, np.uint8, self._map(shard), int(plane.offset[image]))
 
-    def read(self, image: int, scale: int) -> Pixels:
-        """One whole image of the plane of that scale (1: HR), uint8 (h, w, 3), by one read rather than the map.
+    def read(self, image: int, level: int) -> Pixels:
+        """Return one image of a plane, uint8 (h, w, 3), read from the file rather than its map.
 
         Raises:
-            FormatError: the file cannot be read, or has another length than recorded.
+            FormatError: the file cannot be read, or its length differs from the index.
         """
-        plane, shard = self.index.planes[scale], int(self.index.shard[image])
-        height, width = (int(sizes[image]) for sizes in self.index.sizes(scale))
+        plane, shard = self.index.planes[level], int(self.index.shard[image])
+        height, width = (int(sizes[image]) for sizes in self.index.sizes(level))
         cols = tiles_across(width, plane.tile)
         memory = np.empty(run_length(height, width, plane.tile), np.uint8)
         with Files(self.folder, self.index) as files:
@@ -82,42 +84,35 @@ class Shards:
         whole = whole.reshape(-1, cols * plane.tile, CHANNELS)  # a copy, row by row
         return np.ascontiguousarray(whole[:height, :width])
 
-    def gather(
-        self, scale: int, image: Ints, top: Ints, left: Ints, out: Pixels, transform: Ints | None = None
-    ) -> None:
-        """Copy crops of the plane of that scale (1: HR) into `out` (n, h, w, 3), C-contiguous.
-
-        Args:
-            scale: 1, or a scale of the dataset.
-            image, top, left: int64 (n,), image numbers and corners in the plane's own pixels.
-            out: uint8; its shape gives the crops' number and size.
-            transform: int64 (n,), one of the 8 for each crop, all square; None: the identity.
+    def gather(self, crops: PlaneCrops, out: Pixels) -> None:
+        """Copy crops into `out`, uint8 (n, side, side, 3), C-contiguous.
 
         Raises:
-            IndexError: a crop reaches beyond its image.
+            IndexError: a crop reaches beyond its image, or there is no such image.
         """
-        self.check_crops(scale, image, top, left, out.shape[1:3])
-        plane = self.index.planes[scale]
-        cols = self.index.columns_of_tiles(scale, image)
-        address = self.address(self.index.shard[image]) + plane.offset[image]
-        gather_crops(address, cols, top, left, transform, plane.tile, out)
+        self.check_crops(crops)
+        plane = self.index.planes[crops.level]
+        cols = self.index.columns_of_tiles(crops.level, crops.image)
+        address = self.addresses(self.index.shard[crops.image]) + plane.offset[crops.image]
+        gather_crops(address, cols, crops.top, crops.left, crops.transform, plane.tile, out)
 
-    def check_crops(self, scale: int, image: Ints, top: Ints, left: Ints, size: tuple[int, ...]) -> None:
-        """Raise IndexError if a crop of that size (h, w) reaches beyond its image, or there is no such image."""
+    def check_crops(self, crops: PlaneCrops) -> None:
+        """Raise IndexError if a crop reaches beyond its image, or there is no such image."""
+        level, side, image, top, left = crops.level, crops.side, crops.image, crops.top, crops.left
         if len(image) and not (image.min() >= 0 and image.max() < len(self.index.name)):
             raise IndexError(f"images: expected 0 to {len(self.index.name) - 1}, got {image.min()} to {image.max()}")
-        height, width = self.index.height[image] // scale, self.index.width[image] // scale
-        # Corners may be any int64: nothing is added to them, since sums could wrap.
-        inside = (top >= 0) & (left >= 0) & (top <= height - size[0]) & (left <= width - size[1])
+        height, width = self.index.height[image] // level, self.index.width[image] // level
+        # Corners may be any int64: a sum of one and a side could wrap around.
+        inside = (top >= 0) & (left >= 0) & (top <= height - side) & (left <= width - side)
         if not inside.all():
             k = int(np.argmin(inside))
             raise IndexError(
-                f"{plane_name(scale)} of image {self.index.name[int(image[k])]!r} is {height[k]} × {width[k]}: "
-                f"no crop of {size[0]} × {size[1]} at {top[k]}, {left[k]}"
+                f"{plane_name(level)} of image {self.index.name[int(image[k])]!r} is {height[k]} × {width[k]}: "
+                f"no crop of {side} × {side} at {top[k]}, {left[k]}"
             )
 
-    def address(self, shard: Ints) -> Ints:
-        """Where shards (int64 numbers) start in memory; those not mapped yet are."""
+    def addresses(self, shard: Ints) -> Ints:
+        """Return where shards, by number, start in memory; map them if necessary."""
         address = self._address[shard]
         if not address.all():
             for number in set(shard.tolist()):
@@ -125,17 +120,17 @@ class Shards:
             address = self._address[shard]
         return address
 
-    def advise(self, shard: Ints, start: Ints, stop: Ints, advice: int) -> None:
-        """Give the kernel advice (mmap.MADV_*) about byte ranges of shards; `start` and `stop` lie on pages."""
-        address = self.address(shard) + start
-        if kernel is not None:
-            kernel.advise(address, stop - start, advice)
+    def advise(self, ranges: Ranges, advice: int) -> None:
+        """Give the system advice (mmap.MADV_*) on ranges that start and stop on pages."""
+        address, length = self.addresses(ranges.shard) + ranges.start, ranges.stop - ranges.start
+        if gather_kernel is not None:
+            gather_kernel.advise(address, length, advice)
             return
-        for at, length in zip(address.tolist(), (stop - start).tolist(), strict=True):
-            advise(at, length, advice)
+        for at, count in zip(address.tolist(), length.tolist(), strict=True):
+            advise(at, count, advice)
 
     def _map(self, number: int) -> Pixels:
-        """A shard's bytes. Threads may map it twice at once: the first map is kept, the other never used."""
+        """Return the mapped bytes of a shard. If two threads map it at once, the first map is kept."""
         if number not in self._maps:
             mapped = _map_file(self.folder, self.index, number)
             self._maps.setdefault(number, mapped)
@@ -152,6 +147,6 @@ def _map_file(folder: Path, index: Index, number: int) -> NDArray[np.uint8]:
         raise FormatError(f"{folder / shard.file}: expected a file that can be mapped, got {error.strerror}") from None
     finally:
         os.close(descriptor)
-    # Crops are scattered: the kernel's own readahead would fetch megabytes around each page.
+    # Crops are scattered: the system's own read-ahead would fetch megabytes around each page.
     advise(mapped.ctypes.data, shard.bytes, mmap.MADV_RANDOM)
     return mapped

@@ -1,7 +1,7 @@
-"""Pixels as square tiles: cutting an image into them, and gathering crops out of them.
+"""Pixels as square tiles: split an image into tiles, gather crops out of tiles.
 
-The tiles of an image are an array (rows, cols, T, T, 3), row-major; edge tiles are padded with zeros. A crop that is
-much smaller than its image then touches few pages of storage, whatever the width of the image.
+The tiles of an image are an array (rows, cols, T, T, 3), row-major, edge tiles padded with zeros. A small crop then
+touches few pages of storage, however wide the image.
 """
 
 import ctypes
@@ -17,11 +17,11 @@ from loader.native import compiled
 Pixels = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 
-kernel = compiled("loader.pixels._gather")
+gather_kernel = compiled("loader.pixels._gather")
 
 
 def split(image: Pixels, tile: int) -> Pixels:
-    """Cut an image (H, W, 3) into zero-padded tiles (ceil(H/T), ceil(W/T), T, T, 3), contiguous."""
+    """Return an image (H, W, 3) as zero-padded tiles (ceil(H/T), ceil(W/T), T, T, 3), contiguous."""
     height, width, channels = image.shape
     rows, cols = tiles_across(height, tile), tiles_across(width, tile)
     padded = np.zeros((rows * tile, cols * tile, channels), np.uint8)
@@ -29,30 +29,25 @@ def split(image: Pixels, tile: int) -> Pixels:
     return np.ascontiguousarray(padded.reshape(rows, tile, cols, tile, channels).swapaxes(1, 2))
 
 
-def gather_crops(
-    address: Ints, cols: Ints, top: Ints, left: Ints, transform: Ints | None, tile: int, out: Pixels
-) -> None:
-    """Copy one crop out of each of several images' tiles, and transform it, without holding the interpreter's lock.
+def gather_crops(address: Ints, cols: Ints, top: Ints, left: Ints, transform: Ints, tile: int, out: Pixels) -> None:
+    """Copy one crop out of the tiles of each of n images, and transform it. The compiled kernel releases the GIL.
 
     Args:
-        address: int64 (n,), where the tiles of each image start in memory. The caller answers for them, and for the
-            memory that a crop touches; no other is read.
-        cols: int64 (n,), tiles in a row of tiles.
-        top, left: int64 (n,), the crop's corner in pixels.
-        transform: int64 (n,), 0 to 7, as in `transformed`; crops are then square. None: all as they are.
+        address: int64 (n,), where the tiles of each image start in memory. The caller guarantees that all memory from
+            there to the end of the crop's last row of tiles is readable.
+        cols: int64 (n,), tiles per row.
+        top, left: int64 (n,), corners in pixels.
+        transform: int64 (n,), 0 to 7, as in `transformed`; transposed crops must be square.
         tile: side of a tile.
         out: uint8 (n, h, w, 3), C-contiguous.
 
     Raises:
-        TypeError, ValueError: an array is of another kind or length; a crop begins before its image, or reaches beyond
-            its rows of tiles or the address space; a transform is none of the 8. How far down an image goes cannot be
-            known here.
+        TypeError, ValueError: an array of another type or length; a crop beyond its rows of tiles or the address
+            space; a transform other than the 8. The number of rows is not known here.
     """
     height, width = out.shape[1:3]
-    if transform is None:
-        transform = np.zeros_like(address)
-    if kernel is not None:
-        kernel.gather(address, cols, top, left, transform, tile, height, width, out)
+    if gather_kernel is not None:
+        gather_kernel.gather(address, cols, top, left, transform, tile, height, width, out)
         return
     columns = {"address": address, "cols": cols, "top": top, "left": left, "transform": transform}
     crops = _checked_crops(columns, tile, out)
@@ -62,19 +57,19 @@ def gather_crops(
         tiles: Pixels = np.ndarray(shape, np.uint8, memory)  # type: ignore[arg-type]
         if number:
             plain = np.empty((height, width, CHANNELS), np.uint8)
-            gather(tiles, y, x, plain)
+            copy_crop(tiles, y, x, plain)
             out[k] = transformed(plain, number)
         else:
-            gather(tiles, y, x, out[k])
+            copy_crop(tiles, y, x, out[k])
 
 
 def _checked_crops(columns: dict[str, Ints], tile: int, out: Pixels) -> list[tuple[int, ...]]:
-    """What the kernel checks: the crops as tuples of integers, none of which can lead beyond what its caller has."""
+    """Check what the compiled kernel checks; return the crops as tuples of integers."""
     for name, column in columns.items():
         if column.dtype != np.int64:
             raise TypeError(f"{name}: expected a C-contiguous array of int64, got items of {column.dtype}")
         if column.shape != (len(out),) or not column.flags.c_contiguous:
-            raise ValueError(f"{name}: the arrays' lengths do not fit one another: expected ({len(out)},) contiguous")
+            raise ValueError(f"{name}: expected ({len(out)},), contiguous, got {column.shape}")
     if out.dtype != np.uint8:
         raise TypeError(f"out: expected a C-contiguous array of uint8, got items of {out.dtype}")
     _, height, width, channels = out.shape
@@ -94,7 +89,7 @@ def _checked_crops(columns: dict[str, Ints], tile: int, out: Pixels) -> list[tup
     return crops
 
 
-def gather(tiles: Pixels, top: int, left: int, out: Pixels) -> None:
+def copy_crop(tiles: Pixels, top: int, left: int, out: Pixels) -> None:
     """Copy the crop at (top, left) of tiles (rows, cols, T, T, 3) into `out` (h, w, 3), C-contiguous."""
     tile = tiles.shape[2]
     height, width, channels = out.shape
@@ -108,7 +103,7 @@ def gather(tiles: Pixels, top: int, left: int, out: Pixels) -> None:
 
 
 def transformed(image: Pixels, number: int) -> Pixels:
-    """A view of (h, w, 3) under transform 0..7: bit 0 mirrors columns, bit 1 mirrors rows, bit 2 then transposes."""
+    """Return a view of (h, w, 3) under transform 0..7: bit 0 mirrors columns, bit 1 rows, bit 2 then transposes."""
     if number & 1:
         image = image[:, ::-1]
     if number & 2:
@@ -117,7 +112,7 @@ def transformed(image: Pixels, number: int) -> Pixels:
 
 
 def _spans(start: int, length: int, tile: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """Split [start, start + length) at tiles: yields (first tile, tiles, position, first pixel, pixels per tile)."""
+    """Split [start, start + length) at tiles: yield (first tile, tiles, position, first pixel, pixels per tile)."""
     end, at = start + length, start
     if at % tile:
         stop = min(end, at - at % tile + tile)

@@ -1,1 +1,1 @@
-"""MATLAB's bicubic imresize and its compiled kernel. Needs numpy alone."""
+"""MATLAB's bicubic imresize and its compiled kernel. Depends on numpy only."""

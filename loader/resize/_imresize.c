@@ -1,7 +1,7 @@
-/* Shrinking uint8 images as MATLAB does, in integers: the compiled twin of imresize._shrink.
+/* The resize kernel: shrink uint8 images as MATLAB does, in integers. imresize._shrink is its fallback.
 
-   Rows are combined first, and rounded to bytes. Columns then become rows by transposing a strip of LANES lines, so
-   that both passes are the same loop over neighbouring bytes, which compilers turn into vector instructions. */
+   Rows are combined first and rounded to bytes. A strip of LANES lines is then transposed, so that columns become rows
+   and both passes are the same loop over adjacent bytes, which compilers vectorise. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -29,8 +29,8 @@ typedef struct {
 
 static inline uint8_t to_byte(int32_t value) { return (uint8_t)(value < 0 ? 0 : value > 255 ? 255 : value); }
 
-/* out[i] = round(sum over k of numerators[k] * rows[k][i] / denominator). Called with constants for taps and
-   denominator, so that the loop over k unrolls and the one over i becomes vector instructions. */
+/* out[i] = round(sum over k of numerators[k] * rows[k][i] / denominator). Callers pass constant taps and denominator,
+   so that the loop over k is unrolled and the loop over i vectorised. */
 static inline __attribute__((always_inline)) void combine_constant(const uint8_t *const *rows,
                                                                    const int32_t *numerators, int taps,
                                                                    int denominator, Py_ssize_t count,
@@ -42,7 +42,7 @@ static inline __attribute__((always_inline)) void combine_constant(const uint8_t
             sum += numerators[k] * (rows[k][i] + rows[taps - 1 - k][i]);
         if (taps % 2)
             sum += numerators[taps / 2] * rows[taps / 2][i];
-        sum = sum < 0 ? 0 : sum; /* so that division and shift agree */
+        sum = sum < 0 ? 0 : sum; /* so that the division may become a shift */
         out[i] = to_byte(sum / denominator);
     }
 }
@@ -66,7 +66,7 @@ static void combine(const uint8_t *const *rows, const Weights *weights, Py_ssize
     }
 }
 
-/* Swap the bytes of two words where the shifted mask says so: one step of a transposition. */
+/* Swap the bytes of two words that the shifted mask selects: one step of a transposition. */
 static inline void exchange(uint64_t *a, uint64_t *b, int shift, uint64_t mask)
 {
     const uint64_t swap = ((*a >> shift) ^ *b) & mask;
@@ -74,7 +74,7 @@ static inline void exchange(uint64_t *a, uint64_t *b, int shift, uint64_t mask)
     *a ^= swap << shift;
 }
 
-/* Eight little-endian words as 8 × 8 bytes, transposed: halves, then quarters, then bytes change places. */
+/* Transpose 8 × 8 bytes in eight little-endian words: swap halves, then quarters, then bytes. */
 static inline void transpose_words(uint64_t *w)
 {
     for (int i = 0; i < 4; i++)
@@ -146,7 +146,7 @@ static int windows_fit(const int64_t *window, Py_ssize_t count, Py_ssize_t lengt
     return 1;
 }
 
-/* Whether weights are symmetric, and no sum of weighted bytes leaves int32. */
+/* True if weights are symmetric and no sum of weighted bytes overflows int32. */
 static int weights_fit(const int32_t *numerators, Py_ssize_t taps)
 {
     int64_t most = 1 << 16; /* more than half of any denominator */
@@ -158,8 +158,8 @@ static int weights_fit(const int32_t *numerators, Py_ssize_t taps)
     return most <= INT32_MAX;
 }
 
-/* A C-contiguous array of native integers of `size` bytes, of one of the types in `formats`; else an exception. The
-   buffer is to be released only if there was none. */
+/* Get the buffer of a C-contiguous array of native integers of `size` bytes, of a type in `formats`. Returns 0 with an
+   exception set otherwise; the caller releases the buffer on success only. */
 static int take_array(PyObject *object, const char *name, const char *formats, Py_ssize_t size, int flags,
                       Py_buffer *view)
 {
@@ -176,7 +176,8 @@ static int take_array(PyObject *object, const char *name, const char *formats, P
     return 0;
 }
 
-/* A copy of an array, so that nobody changes what was checked, to be freed; else NULL and an exception. */
+/* Return a copy of an array, which no other thread can change after the checks; the caller frees it. NULL with an
+   exception set on failure. */
 static void *take_copy(PyObject *object, const char *name, const char *formats, Py_ssize_t size, Py_ssize_t count)
 {
     Py_buffer view;
@@ -185,7 +186,7 @@ static void *take_copy(PyObject *object, const char *name, const char *formats, 
     if (!take_array(object, name, formats, size, 0, &view))
         return NULL;
     if (view.len / size != count)
-        PyErr_Format(PyExc_ValueError, "shrink: %s: the arrays' lengths do not fit one another: expected %zd, got %zd",
+        PyErr_Format(PyExc_ValueError, "shrink: %s: expected %zd entries, got %zd",
                      name, count, view.len / size);
     else if ((copy = PyMem_Malloc((size_t)view.len)) == NULL)
         PyErr_NoMemory();
@@ -195,7 +196,7 @@ static void *take_copy(PyObject *object, const char *name, const char *formats, 
     return copy;
 }
 
-/* a * b * c; 0 where it does not fit. */
+/* a * b * c, or 0 on overflow. */
 static Py_ssize_t product(Py_ssize_t a, Py_ssize_t b, Py_ssize_t c)
 {
     Py_ssize_t all;
@@ -224,16 +225,16 @@ static PyObject *shrink(PyObject *module, PyObject *args)
     if (!take_array(given_image, "image", "B", 1, 0, &image) ||
         !take_array(given_out, "out", "B", 1, PyBUF_WRITABLE, &out))
         goto done;
-    /* No buffer has no bytes here: 0 stands for a product that does not fit. */
+    /* Empty buffers are refused: a product of 0 means overflow. */
     if (image.len == 0 || image.len != product(job.height, job.width, job.channels) || out.len == 0 ||
         out.len != product(job.out_height, job.out_width, job.channels)) {
-        PyErr_SetString(PyExc_ValueError, "shrink: image, out: the arrays' lengths do not fit one another");
+        PyErr_SetString(PyExc_ValueError, "shrink: image, out: expected lengths that match their shapes");
         goto done;
     }
     if (product(job.out_height, taps, sizeof(int64_t)) == 0 || product(job.out_width, taps, sizeof(int64_t)) == 0 ||
         __builtin_add_overflow(job.width, job.out_width, &columns) ||
         (columns = product(columns, 2 * LANES, job.channels)) == 0) {
-        PyErr_SetString(PyExc_ValueError, "shrink: sizes that overflow");
+        PyErr_SetString(PyExc_ValueError, "shrink: expected sizes that do not overflow");
         goto done;
     }
     if ((rows = take_copy(given_rows, "row_window", "lqn", sizeof(int64_t), job.out_height * taps)) == NULL ||
@@ -241,11 +242,11 @@ static PyObject *shrink(PyObject *module, PyObject *args)
         (numerators = take_copy(given_weights, "numerators", "il", sizeof(int32_t), taps)) == NULL)
         goto done;
     if (!windows_fit(rows, job.out_height * taps, job.height) || !windows_fit(cols, job.out_width * taps, job.width)) {
-        PyErr_SetString(PyExc_ValueError, "shrink: a window reaches beyond the image");
+        PyErr_SetString(PyExc_ValueError, "shrink: windows: expected pixels within the image");
         goto done;
     }
     if (!weights_fit(numerators, taps)) {
-        PyErr_SetString(PyExc_ValueError, "shrink: numerators: expected symmetric ones, their sums within int32");
+        PyErr_SetString(PyExc_ValueError, "shrink: numerators: expected symmetric weights whose sums fit into int32");
         goto done;
     }
     if ((scratch = PyMem_Malloc((size_t)columns)) == NULL) {
@@ -274,10 +275,10 @@ done:
 static PyMethodDef methods[] = {
     {"shrink", shrink, METH_VARARGS,
      "shrink(image, height, width, channels, row_window, out_height, col_window, out_width, numerators, taps, out)\n\n"
-     "Shrink one image, uint8 (height, width, channels), into out, uint8 (out_height, out_width, channels). The windows\n"
-     "are int64 (outputs, taps), numbers of input pixels; numerators int32 (taps,), symmetric.\n\n"
-     "Raises TypeError or ValueError for arrays of another kind or length, windows that reach beyond the image, sizes\n"
-     "that overflow, and weights that may."},
+     "Shrink an image, uint8 (height, width, channels), into out, uint8 (out_height, out_width, channels). The windows\n"
+     "are int64 (outputs, taps), numbers of input pixels; the numerators int32 (taps,), symmetric.\n\n"
+     "Raises TypeError or ValueError for arrays of another type or length, windows beyond the image, and sizes or\n"
+     "weights that could overflow."},
     {NULL, NULL, 0, NULL},
 };
 

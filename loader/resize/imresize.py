@@ -1,12 +1,12 @@
 """MATLAB's bicubic imresize, bit for bit: shrinking by 2, 3, 4 or 8 with antialiasing, and enlarging.
 
-MATLAB resizes rows (height) first, then columns, and rounds a uint8 image to uint8 after each of the two, halves
-away from zero. An output pixel x (from 1) looks at the input around u = x·s + (1 − s)/2, where Keys' cubic
-convolution kernel (R. Keys, 1981, a = −1/2), stretched by s when shrinking, weighs the pixels.
+MATLAB resizes rows (height) first, then columns, and rounds a uint8 image to uint8 after each pass, halves away from
+zero. Output pixel x (from 1) is a weighted sum of the input around u = x·s + (1 − s)/2. The weights are those of the
+cubic convolution of R. Keys (1981, a = −1/2), stretched by s when shrinking.
 
-Shrinking uint8 needs no floating point: s is whole, so that every output pixel has the same weights, and they are
-exact fractions, (−3 −9 29 111 111 29 −9 −3)/256 for s = 2. Sums of halves only occur where the denominator is even,
-a power of two, whose sums MATLAB's doubles hold exactly as well: integers give the same bits, and fast.
+Shrinking uint8 needs no floating point. For integer s all output pixels have the same weights, which are exact
+fractions: (−3 −9 29 111 111 29 −9 −3)/256 for s = 2. Ties (halves) occur only if the denominator is even, and then it
+is a power of two, so that MATLAB's doubles are exact, too: integer arithmetic gives the same bits, and is fast.
 """
 
 import math
@@ -27,22 +27,22 @@ Indices = NDArray[np.int64]
 Rounding = Literal["uint8", "double"]
 Border = Literal["symmetric", "replicate"]
 
-kernel = compiled("loader.resize._imresize")
+resize_kernel = compiled("loader.resize._imresize")
 
 
 def imresize(image: Pixels, scale: int, *, rounding: Rounding = "uint8", border: Border = "symmetric") -> Pixels:
-    """Shrink (H, W) or (H, W, C) uint8 to (ceil(H/scale), ceil(W/scale)[, C]) uint8 as MATLAB does.
+    """Shrink uint8 (H, W[, C]) to (ceil(H/scale), ceil(W/scale)[, C]) as MATLAB does.
 
     Args:
         image: any H, W ≥ 1.
         scale: 2, 3, 4 or 8.
         rounding: "uint8" is `imresize(I, 1/scale)`, rounded after each pass; "double" is
             `im2uint8(imresize(im2double(I), 1/scale))`, rounded once at the end.
-        border: what lies beyond the edge: "symmetric" mirrors the image (MATLAB since R2015b), "replicate"
-            repeats the edge pixel (MATLAB before).
+        border: extrapolation beyond the edge: "symmetric" mirrors the image (MATLAB since R2015b), "replicate"
+            repeats the edge pixel (earlier versions).
 
     Raises:
-        ValueError: an argument is none of these.
+        ValueError: an argument is not one of these.
     """
     scale = _check(image, scale, rounding, border)
     height, width = image.shape[:2]
@@ -50,17 +50,17 @@ def imresize(image: Pixels, scale: int, *, rounding: Rounding = "uint8", border:
         return _float_resize(image, 1 / scale, rounding, border)
     cube = np.ascontiguousarray(image.reshape(height, width, -1))
     rows, cols = (_window(n, scale, border) for n in (height, width))
-    if kernel is not None:
+    if resize_kernel is not None:
         small = np.empty((len(rows), len(cols), cube.shape[2]), np.uint8)
         numerators, _ = _weights(scale)
-        kernel.shrink(cube, *cube.shape, rows, len(rows), cols, len(cols), numerators, len(numerators), small)
+        resize_kernel.shrink(cube, *cube.shape, rows, len(rows), cols, len(cols), numerators, len(numerators), small)
     else:
         small = _shrink(_shrink(cube, scale, rows, 0), scale, cols, 1)
     return small.reshape(small.shape[:2] + image.shape[2:])
 
 
 def enlarge(image: Pixels, scale: int, *, rounding: Rounding = "uint8", border: Border = "symmetric") -> Pixels:
-    """Enlarge (H, W) or (H, W, C) uint8 to (H·scale, W·scale[, C]) uint8: MATLAB's `imresize(I, scale)`.
+    """Enlarge uint8 (H, W[, C]) to (H·scale, W·scale[, C]): MATLAB's `imresize(I, scale)`.
 
     Arguments and errors are those of `imresize`.
     """
@@ -81,7 +81,7 @@ def _check(image: Pixels, scale: int, rounding: str, border: str) -> int:
 
 
 def _inside(index: Indices, length: int, border: str) -> Indices:
-    """Map positions beyond [0, length) to the pixels that stand in for them."""
+    """Map positions beyond [0, length) to the pixels that the border rule puts there."""
     if border == "replicate":
         return np.clip(index, 0, length - 1)
     index = index % (2 * length)
@@ -93,9 +93,9 @@ def _inside(index: Indices, length: int, border: str) -> Indices:
 
 @cache
 def _weights(scale: int) -> tuple[NDArray[np.int32], int]:
-    """The numerators (taps,) of one output pixel's weights, and their denominator, in lowest terms.
+    """Return the weights of one output pixel in lowest terms: numerators (taps,), and their denominator.
 
-    A tap at distance d pixels weighs k(d/s)/s, with Keys' kernel k; with t = m/D, D = 2s, 2·D³·k is a whole number.
+    The weight at distance d pixels is k(d/s)/s for Keys' function k; with t = m/D, D = 2s, 2·D³·k(t) is an integer.
     """
     whole = 2 * scale
     distances = [2 * tap + 1 - 4 * scale + scale % 2 for tap in range(4 * scale)]  # in half pixels
@@ -112,17 +112,17 @@ def _weights(scale: int) -> tuple[NDArray[np.int32], int]:
 
 
 def _window(length: int, scale: int, border: str) -> Indices:
-    """For each output pixel, the input pixels (ceil(length/scale), taps) that it weighs, along one axis."""
+    """Return the input pixels (ceil(length/scale), taps) of each output pixel along one axis."""
     taps = len(_weights(scale)[0])
     first = np.arange(-(-length // scale))[:, None] * scale + (scale - taps) // 2
     return _inside(first + np.arange(taps), length, border)
 
 
 def _shrink(cube: Pixels, scale: int, window: Indices, axis: int) -> Pixels:
-    """One pass over axis 0 or 1 of (H, W, C), as products with a band of weights: the fallback of the C kernel.
+    """Shrink (H, W, C) along axis 0 or 1 by matrix products with a band of weights: fallback of the compiled kernel.
 
-    Each product gives `block` output pixels along the axis. The floats are exact, or nearer to the true value than
-    that is to a half: float32 for 2, 3 and 4; at 8 the sums need more than its 24 bits.
+    Each product computes `block` output pixels along the axis. Float errors are too small to cross a half, so rounding
+    is exact: in float32 for 2, 3 and 4; sums at 8 exceed its 24 bits.
     """
     kind = np.float64 if scale == 8 else np.float32
     numerators, denominator = _weights(scale)
@@ -131,7 +131,7 @@ def _shrink(cube: Pixels, scale: int, window: Indices, axis: int) -> Pixels:
     band = np.zeros((block, span), kind)
     for i in range(block):
         band[i, i * scale : i * scale + taps] = numerators / denominator
-    # The pixels of all windows in order: those of the image, some beyond its edges, and some for the last block.
+    # The pixels of all windows in order, including those beyond the edges, and padding for the last block.
     blocks = -(-len(window) // block)
     reach = np.concatenate([window[:, :scale].ravel(), window[-1, scale:]])
     reach = np.pad(reach, (0, (blocks - 1) * block * scale + span - len(reach)))
@@ -156,18 +156,18 @@ def _shrink(cube: Pixels, scale: int, window: Indices, axis: int) -> Pixels:
 
 
 def _round(values: NDArray[np.floating]) -> Pixels:
-    """To uint8, in place, halves upwards; what lies outside 0..255 is clipped."""
+    """Round to uint8, halves up, clipped to 0..255. Overwrites `values`."""
     values += values.dtype.type(0.5)
     return np.clip(values, 0, 255, out=values).astype(np.uint8)
 
 
-# Anything else, in doubles.
+# Everything else, in doubles.
 
 
 def _float_resize(image: Pixels, factor: float, rounding: str, border: str) -> Pixels:
-    """Both passes in float64, summing taps in order, as MATLAB does."""
+    """Run both passes in float64, summing taps in order, as MATLAB does."""
     values = image.astype(np.float64) if rounding == "uint8" else image / 255
-    for _ in range(2):  # each pass works on axis 0 and hands over the other
+    for _ in range(2):  # each pass resizes axis 0, then swaps the axes
         values = _float_pass(values, factor, border)
         if rounding == "uint8":
             values = _round(values).astype(np.float64)
@@ -186,7 +186,7 @@ def _float_pass(values: Floats, factor: float, border: str) -> Floats:
 
 
 def _contributions(length: int, factor: float, border: str) -> tuple[Floats, Indices]:
-    """MATLAB's weights and input pixels (outputs, taps) along one axis, in its own order of operations."""
+    """Return MATLAB's weights and input pixels (outputs, taps) along one axis, computed in its order of operations."""
     stretch = min(factor, 1.0)
     out = np.arange(1, math.ceil(length * factor) + 1)
     centre = out / factor + 0.5 * (1 - 1 / factor)
@@ -200,7 +200,7 @@ def _contributions(length: int, factor: float, border: str) -> tuple[Floats, Ind
 
 
 def _keys(t: Floats) -> Floats:
-    """Keys' cubic convolution kernel with a = −1/2."""
+    """Return Keys' cubic convolution function with a = −1/2."""
     t = np.abs(t)
     t2, t3 = t**2, t**3
     near, far = 1.5 * t3 - 2.5 * t2 + 1, -0.5 * t3 + 2.5 * t2 - 4 * t + 2

@@ -1,4 +1,4 @@
-"""Memory for batches: taken again once nobody refers to it, or page-locked, for copies to a GPU."""
+"""Memory for batches: reused once nothing refers to it, or page-locked for copies to a GPU."""
 
 import sys
 import threading
@@ -10,15 +10,15 @@ from torch import Tensor
 from loader.pixels.tiles import Pixels
 
 
-class Memory:
-    """Memory for batches of one stream after another.
+class BatchBuffers:
+    """A pool of memory for batches.
 
-    Page-locked memory is left to torch's own allocator: it knows when a copy to the GPU has ended, as long as it sees
-    the tensor that it gave. So that very tensor goes to the user.
+    Page-locked memory comes from torch's own allocator. It reuses memory only after copies to the GPU have finished,
+    which it tracks by the tensor it returned: users get that very tensor.
 
     Args:
-        pinned: give page-locked memory.
-        spare: arrays to keep at most.
+        pinned: allocate page-locked memory.
+        spare: most arrays to keep.
     """
 
     def __init__(self, pinned: bool, spare: int) -> None:
@@ -26,8 +26,8 @@ class Memory:
         self._arrays: deque[Pixels] = deque()
         self._guard = threading.Lock()
 
-    def take(self, shape: tuple[int, ...]) -> tuple[Tensor, Pixels]:
-        """A tensor (n, 3, h, w), channels last, and its pixels (n, h, w, 3) of any content; any thread may ask."""
+    def allocate(self, shape: tuple[int, ...]) -> tuple[Tensor, Pixels]:
+        """Return a tensor (n, 3, h, w), channels last, and its pixels (n, h, w, 3), uninitialised. Thread-safe."""
         if self._pinned:
             tensor = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
             return tensor.permute(0, 3, 1, 2), tensor.numpy()
@@ -37,7 +37,7 @@ class Memory:
     def _array(self, shape: tuple[int, ...]) -> Pixels:
         with self._guard:
             for i in range(len(self._arrays)):
-                # Two references: that of the deque, and that of the call. A tensor over the array adds one.
+                # Two references: from the deque and from this call. A tensor over the array adds one.
                 if self._arrays[i].shape == shape and sys.getrefcount(self._arrays[i]) <= 2:
                     return self._arrays[i]
             array = aligned(shape)
@@ -48,6 +48,6 @@ class Memory:
 
 
 def aligned(shape: tuple[int, ...]) -> Pixels:
-    """Memory of any content that starts on a cache line, as torch gives it; numpy's does not."""
+    """Return uninitialised memory that starts on a cache line: torch's does, numpy's does not."""
     memory: Pixels = torch.empty(shape, dtype=torch.uint8).numpy()
     return memory

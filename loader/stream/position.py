@@ -1,4 +1,4 @@
-"""A place in a stream of samples, as it is saved, and what the stream must be for the place to mean anything."""
+"""Positions in a stream of samples: saved with what defines the stream, checked against it when loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from typing import Any
 
 from loader.errors import ShardsError, one_line
 
-MOST_SAMPLES = 1 << 62  # global numbers of samples lie below
-_BITS = 64
+MAX_POSITION = 1 << 62
+_SEED_BITS = 64
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What decides each sample of a stream, besides its number.
+    """What defines a stream of samples.
 
-    datasets: the identity (see loader.format.identity) of each dataset that is drawn from.
+    datasets: the identity of each dataset that samples are drawn from, see loader.format.identity.
     """
 
     length: int
@@ -25,18 +25,26 @@ class Stream:
     datasets: tuple[str, ...]
 
     def save(self, sample: int) -> dict[str, Any]:
-        """A place in this stream, for a checkpoint."""
-        return {"sample": sample} | vars(self) | {"datasets": list(self.datasets)}
+        """Return a position in this stream as plain values, for a checkpoint."""
+        return {
+            "sample": sample,
+            "length": self.length,
+            "seed": self.seed,
+            "scale": self.scale,
+            "lr_patch": self.lr_patch,
+            "augment": self.augment,
+            "datasets": list(self.datasets),
+        }
 
     def load(self, state: object, allow_other_dataset: bool = False) -> int:
-        """The sample at which a saved place is.
+        """Return the sample number of a saved position.
 
         Args:
-            state: what `save` gave; it may come from anywhere.
-            allow_other_dataset: take a place in a stream from other datasets, of another length perhaps.
+            state: from `save`; fully validated, so it may come from an untrusted file.
+            allow_other_dataset: accept a position in a stream of other datasets, even of another length.
 
         Raises:
-            ShardsError: it is no such thing, or a place in another stream; each difference is named.
+            ShardsError: not a position, or one in another stream; the message names every difference.
         """
         saved, sample = _checked(state)
         differences = [
@@ -48,28 +56,28 @@ class Stream:
             ours, theirs = (" + ".join(names) for names in (self.datasets, saved.datasets))
             differences.append(f"dataset: expected {ours}, got {theirs}: other pixels, other images, or another order")
         if differences:
-            raise ShardsError(f"place in the sample stream: {'; '.join(differences)}")
+            raise ShardsError(f"position in the sample stream: {'; '.join(differences)}")
         return sample
 
 
 def _checked(state: object) -> tuple[Stream, int]:
-    """A saved place whose values are of the right types, and in range."""
+    """Return the stream and sample of a saved position, all types and ranges checked."""
     if not isinstance(state, Mapping):
-        raise _wrong("expected a mapping, as state_dict() gives it", state)
+        raise _wrong("expected a mapping, as returned by state_dict()", state)
     known = {"sample", *Stream.__dataclass_fields__}
     if missing := sorted(known - set(state)):
-        raise ShardsError(f"place in the sample stream: expected {', '.join(missing)}, which are missing")
-    if strange := [name for name in state if name not in known]:
-        raise _wrong("expected no more than a place has", strange[0])
+        raise ShardsError(f"position in the sample stream: expected {', '.join(missing)}, got none")
+    if unknown := [name for name in state if name not in known]:
+        raise _wrong("expected only known fields", unknown[0])
     if type(state["augment"]) is not bool:
         raise _wrong("augment: expected True or False", state["augment"])
     datasets = state["datasets"]
     if not isinstance(datasets, list | tuple) or not datasets or not all(map(_is_digest, datasets)):
         raise _wrong("datasets: expected a list of SHA-256 digests in hex", datasets)
-    sample = _whole(state, "sample", 0, MOST_SAMPLES)
+    sample = _whole(state, "sample", 0, MAX_POSITION)
     return Stream(
-        length=_whole(state, "length", 1, MOST_SAMPLES),
-        seed=_whole(state, "seed", 0, (1 << _BITS) - 1),
+        length=_whole(state, "length", 1, MAX_POSITION),
+        seed=_whole(state, "seed", 0, (1 << _SEED_BITS) - 1),
         scale=_whole(state, "scale", 1, 1 << 20),
         lr_patch=_whole(state, "lr_patch", 1, 1 << 20),
         augment=state["augment"],
@@ -89,11 +97,11 @@ def _whole(state: Mapping[str, object], name: str, least: int, most: int) -> int
 
 
 def _wrong(expected: str, got: object) -> ShardsError:
-    """An error about a value that may be anything, of any size."""
+    """Return an error about a value of any type and size."""
     if isinstance(got, str):
         text = one_line(ascii(got[:80]))
-    elif isinstance(got, bool | float | None) or (isinstance(got, int) and got.bit_length() <= _BITS):
+    elif isinstance(got, bool | float | None) or (isinstance(got, int) and got.bit_length() <= _SEED_BITS):
         text = str(got)
     else:
         text = f"a value of type {type(got).__name__}"
-    return ShardsError(f"place in the sample stream: {expected}, got {text}")
+    return ShardsError(f"position in the sample stream: {expected}, got {text}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loader.ahead.budget import Room
+from loader.ahead.budget import READ_BUFFERS
 from loader.ahead.pipeline import Pipeline, default_readahead
 from loader.ahead.positional import READ_THREADS
 from loader.ahead.reader import open_reader
@@ -39,7 +39,7 @@ def measure(folder: Path, workload: Workload, seconds: float) -> Measurements:
         ShardsError: the folder holds no dataset with that scale or no image large enough, or it cannot be read.
     """
     shards = Shards(folder)
-    shards.need_scale(workload.scale)
+    shards.check_scale(workload.scale)
     plan = Plan(*shards.index.sizes(workload.scale), workload.lr_patch, seed=int(time.time()), augment=True)
     if not plan.positions:
         side = workload.lr_patch * workload.scale
@@ -181,15 +181,14 @@ def patch_rate(
     folder: Path, workload: Workload, io: IoMode, draws: Iterator[Callable[[], Crops]], seconds: float, skip: int = 0
 ) -> float:
     """Return the patches per second that the loader delivers over `seconds`, after the first `skip` batches."""
-    room = Room()
-    reader = open_reader(Shards(folder), workload.scale, workload.lr_patch, io, room=room)
+    reader = open_reader(Shards(folder), workload.scale, workload.lr_patch, io, memory_limit=READ_BUFFERS)
     readahead = default_readahead(workload.batch_size)
     batches_done, start = -skip, time.perf_counter()
 
     def take(shape: tuple[int, ...]) -> tuple[None, Pixels]:
         return None, np.empty(shape, np.uint8)
 
-    with closing(Pipeline(reader, draws, lambda draw: draw(), readahead, workload.threads, take, room)) as batches:
+    with closing(Pipeline(reader, draws, lambda draw: draw(), readahead, workload.threads, take)) as batches:
         for _ in batches:
             batches_done += 1
             if batches_done == 0:

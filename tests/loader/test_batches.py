@@ -72,7 +72,7 @@ def test_the_stream_does_not_depend_on_how_it_is_read(
     **reading: Any,
 ) -> None:
     if kernel == "fallback":
-        monkeypatch.setattr(tiles_module, "kernel", None)
+        monkeypatch.setattr(tiles_module, "gather_kernel", None)
     data = PatchDataset(dataset, scale, patch, length=length, seed=9, augment=augment, too_small="skip")
     ranks = [
         islice(PatchLoader(data, batch_size, rank=rank, world_size=world_size, start=start, **reading), 3)
@@ -254,7 +254,7 @@ def test_a_file_cut_while_it_is_read(tmp_path: Path) -> None:
     next(iterator)
     shard = tmp_path / "out" / data.shards.index.shards[0].file
     os.truncate(shard, 4096)
-    with pytest.raises(FormatError, match=r"shard-00000.h5: expected bytes \d+ to \d+, got its end at \d+"):
+    with pytest.raises(FormatError, match=r"shard-00000.h5: expected bytes \d+ to \d+, got end of file at \d+"):
         list(islice(iterator, 50))
 
 

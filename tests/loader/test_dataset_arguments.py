@@ -54,7 +54,7 @@ def test_what_is_no_sample(patches: PatchDataset, item: Any) -> None:
 def test_what_is_no_image(images: ImageDataset, item: Any) -> None:
     with pytest.raises(TypeError, match=r"^image: expected a number, 0 to 4, or a name, got ."):
         images[item]
-    with pytest.raises(TypeError, match=r"^image: expected a name to look for, got ."):
+    with pytest.raises(TypeError, match=r"^image: expected a name, got ."):
         item in images  # noqa: B015
 
 
@@ -79,9 +79,9 @@ def test_sequences_of_samples(patches: PatchDataset) -> None:
 
 @pytest.mark.parametrize("n", [12, -13, 1 << 63, 1 << 64, -(1 << 70), 10**5000], ids=lambda n: f"{n.bit_length()} bits")
 def test_numbers_out_of_range(patches: PatchDataset, images: ImageDataset, n: int) -> None:
-    with pytest.raises(IndexError, match="^samples: expected 0 to 11, got "):
+    with pytest.raises(IndexError, match="^sample: expected 0 to 11, got "):
         patches[n]
-    with pytest.raises(IndexError, match="^samples: expected 0 to 11, got "):
+    with pytest.raises(IndexError, match="^sample: expected 0 to 11, got "):
         patches.__getitems__([0, n])
     with pytest.raises(IndexError, match="^image: expected 0 to 4, got "):
         images[n]
@@ -100,13 +100,13 @@ def test_names(images: ImageDataset) -> None:
         assert name not in images
     with pytest.raises(KeyError, match="expected the name of one of 5 images, got 'A"):
         images["A\x1b[31m"]
-    with pytest.raises(TypeError, match="image: expected a name to look for, got tuple"):
+    with pytest.raises(TypeError, match="image: expected a name, got tuple"):
         images[0] in images  # noqa: B015
 
 
 def test_a_patch_dataset_does_not_search(patches: PatchDataset) -> None:
     """Python would draw a whole epoch to answer."""
-    with pytest.raises(TypeError, match="a PatchDataset cannot tell what it contains"):
+    with pytest.raises(TypeError, match="PatchDataset does not support `in`"):
         "a" in patches  # noqa: B015
 
 

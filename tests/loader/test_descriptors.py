@@ -224,7 +224,7 @@ def test_threads_that_map_one_shard_at_once(many: Path) -> None:
     for thread in threads:
         thread.join()
     assert mapped(many) == 50
-    assert all(shards.address(np.array([i]))[0] == shards._maps[i].ctypes.data for i in range(50))
+    assert all(shards.addresses(np.array([i]))[0] == shards._maps[i].ctypes.data for i in range(50))
 
 
 class Limited(Table):

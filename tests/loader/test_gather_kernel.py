@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 
 from loader.pixels import tiles as module
-from loader.pixels.tiles import gather_crops, kernel, split, transformed
+from loader.pixels.tiles import gather_crops, gather_kernel, split, transformed
 
 REFUSED = (TypeError, ValueError, OverflowError, BufferError)
 WRAP = ((1 << 63) - 1, -(1 << 63), -1)
-WAYS = [pytest.param(kernel, id="compiled"), pytest.param(None, id="fallback")]
+WAYS = [pytest.param(gather_kernel, id="compiled"), pytest.param(None, id="fallback")]
 GUARD = 99
 SEED = os.environ.get("SRSHARDS_FUZZ_SEED", "0")
 ROUNDS = 200 * max(1, int(float(os.environ.get("SRSHARDS_FUZZ_SECONDS", "1"))))
-needs_kernel = pytest.mark.skipif(kernel is None, reason="the compiled kernel is not in use here")
+needs_kernel = pytest.mark.skipif(gather_kernel is None, reason="the compiled kernel is not in use here")
 
 
 @pytest.fixture(params=WAYS)
@@ -30,7 +30,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Both ways of gathering; tests then call `gather_crops`."""
     if request.param is None and "compiled" in request.node.callspec.id:
         pytest.skip("the compiled kernel is not in use here")
-    monkeypatch.setattr(module, "kernel", request.param)
+    monkeypatch.setattr(module, "gather_kernel", request.param)
     return request.param
 
 
@@ -113,7 +113,7 @@ def test_odd_arrays_are_refused() -> None:
                 arguments = call.arguments()
                 arguments[k] = odd
                 with pytest.raises(REFUSED):
-                    kernel.gather(*arguments)
+                    gather_kernel.gather(*arguments)
         assert (call.memory == GUARD).all()
 
 
@@ -130,7 +130,7 @@ def test_odd_outputs_are_refused() -> None:
         call.out.view(np.bool_), call.out[..., None],
     ):  # fmt: skip
         with pytest.raises(REFUSED):
-            kernel.gather(*call.arguments()[:-1], odd)
+            gather_kernel.gather(*call.arguments()[:-1], odd)
     assert (call.memory == GUARD).all()
 
 
@@ -167,7 +167,7 @@ def test_odd_sizes_are_refused(which: str, value: Any) -> None:
         arguments = call.arguments()
         arguments[5 + ["tile", "height", "width"].index(which)] = value
         with pytest.raises(REFUSED):
-            kernel.gather(*arguments)
+            gather_kernel.gather(*arguments)
         assert (call.memory == GUARD).all()
 
 
@@ -177,7 +177,7 @@ def test_sizes_whose_product_overflows() -> None:
     one = np.ones(1, np.int64)
     for height, width in (((1 << 30) - 1, (1 << 30) - 1), (1 << 29, 1 << 29), (1, (1 << 30) - 1)):
         with pytest.raises(REFUSED):
-            kernel.gather(one, one, one, one, one * 0, 1 << 29, height, width, np.zeros((1, 1, 1, 3), np.uint8))
+            gather_kernel.gather(one, one, one, one, one * 0, 1 << 29, height, width, np.zeros((1, 1, 1, 3), np.uint8))
 
 
 @needs_kernel
@@ -185,10 +185,10 @@ def test_wrong_numbers_of_arguments() -> None:
     for n in range(12):
         if n != 9:
             with pytest.raises(TypeError):
-                kernel.gather(*[np.zeros(1, np.int64)] * n)
+                gather_kernel.gather(*[np.zeros(1, np.int64)] * n)
         if n != 3:
             with pytest.raises(TypeError):
-                kernel.advise(*[np.zeros(1, np.int64)] * n)
+                gather_kernel.advise(*[np.zeros(1, np.int64)] * n)
 
 
 @needs_kernel
@@ -201,7 +201,7 @@ def test_misaligned_columns() -> None:
         memory[1:] = column.view(np.uint8)
         columns.append(memory[1:].view(np.int64))
     try:
-        kernel.gather(*columns, *call.arguments()[5:])
+        gather_kernel.gather(*columns, *call.arguments()[5:])
     except REFUSED:
         return
     call.hold()
@@ -215,25 +215,25 @@ def test_advice() -> None:
         view = np.frombuffer(memory, np.uint8)
         address, length = np.array([view.ctypes.data, view.ctypes.data]), np.array([4096, 8192])
         for advice in (mmap.MADV_NORMAL, mmap.MADV_RANDOM, mmap.MADV_SEQUENTIAL, mmap.MADV_WILLNEED):
-            kernel.advise(address, length, advice)
-        kernel.advise(address[:0], length[:0], mmap.MADV_WILLNEED)
-        kernel.advise(address + 1, length, mmap.MADV_WILLNEED)  # the system declines
+            gather_kernel.advise(address, length, advice)
+        gather_kernel.advise(address[:0], length[:0], mmap.MADV_WILLNEED)
+        gather_kernel.advise(address + 1, length, mmap.MADV_WILLNEED)  # the system declines
         for advice in (mmap.MADV_REMOVE, mmap.MADV_DONTFORK, 100, -1, 1 << 30):
             with pytest.raises(ValueError, match="advice: expected"):
-                kernel.advise(address, length, advice)
+                gather_kernel.advise(address, length, advice)
         for number in (1 << 40, None, "3", 3.0):
             with pytest.raises(REFUSED):
-                kernel.advise(address, length, number)
+                gather_kernel.advise(address, length, number)
         for odd in (*WRAP, 0):
             with pytest.raises(ValueError, match="address space"):
-                kernel.advise(np.array([address[0], odd]), length, mmap.MADV_WILLNEED)
+                gather_kernel.advise(np.array([address[0], odd]), length, mmap.MADV_WILLNEED)
         for odd in WRAP:
             with pytest.raises(ValueError, match="address space"):
-                kernel.advise(address, np.array([4096, odd]), mmap.MADV_WILLNEED)
+                gather_kernel.advise(address, np.array([4096, odd]), mmap.MADV_WILLNEED)
         rng = random.Random(0)
         for odd_array in filter(unlike(length), odd_arrays(length, rng)):
             for arguments in ((address, odd_array), (odd_array, length)):
                 with pytest.raises(REFUSED):
-                    kernel.advise(*arguments, mmap.MADV_WILLNEED)
+                    gather_kernel.advise(*arguments, mmap.MADV_WILLNEED)
         assert memory[:4] == b"kept"
         del view

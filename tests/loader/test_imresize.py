@@ -21,8 +21,8 @@ from prep.images.decode import read_image
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of shrinking uint8."""
     if request.param == "fallback":
-        monkeypatch.setattr(module, "kernel", None)
-    elif module.kernel is None:
+        monkeypatch.setattr(module, "resize_kernel", None)
+    elif module.resize_kernel is None:
         pytest.skip("the compiled kernel is not in use here")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from loader.resize import imresize as module
-from loader.resize.imresize import _weights, _window, imresize, kernel
+from loader.resize.imresize import _weights, _window, imresize, resize_kernel
 
 REFUSED = (TypeError, ValueError, OverflowError, BufferError, MemoryError)
 GUARD = 99
@@ -20,7 +20,7 @@ ROUNDS = 60 * max(1, int(float(os.environ.get("SRSHARDS_FUZZ_SECONDS", "1"))))
 NAMES = (
     "image", "height", "width", "channels", "rows", "out_height", "cols", "out_width", "numerators", "taps", "out",
 )  # fmt: skip
-needs_kernel = pytest.mark.skipif(kernel is None, reason="the compiled kernel is not in use here")
+needs_kernel = pytest.mark.skipif(resize_kernel is None, reason="the compiled kernel is not in use here")
 
 
 class Call:
@@ -41,7 +41,7 @@ class Call:
         self.scale, self.border = scale, border
 
     def run(self, **changes: Any) -> None:
-        kernel.shrink(*(self.arguments | changes).values())
+        resize_kernel.shrink(*(self.arguments | changes).values())
 
     def refuses(self, **changes: Any) -> None:
         with pytest.raises(REFUSED):
@@ -51,7 +51,7 @@ class Call:
 
 @needs_kernel
 def test_right_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "kernel", None)
+    monkeypatch.setattr(module, "resize_kernel", None)
     for n in range(ROUNDS):
         call = Call(random.Random(f"{SEED}/{n}"))
         call.run()
@@ -154,4 +154,4 @@ def test_wrong_numbers_of_arguments() -> None:
     for n in range(14):
         if n != len(NAMES):
             with pytest.raises(TypeError):
-                kernel.shrink(*[np.zeros(1, np.int64)] * n)
+                resize_kernel.shrink(*[np.zeros(1, np.int64)] * n)

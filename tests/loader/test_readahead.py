@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loader.ahead.footprint import batch_ranges, planes_of
+from loader.ahead.footprint import PatchSize, footprint
 from loader.ahead.reader import open_reader
 from loader.format.layout import HR, PAGE
-from loader.pixels.byte_ranges import Ranges, cut, inner_pages, merged, pages
+from loader.pixels.byte_ranges import Ranges, crop_ranges, cut, inner_pages, merged, pages
 from loader.pixels.shards import Shards
 from loader.pixels.tiles import transformed
 from loader.plan import Plan
@@ -28,7 +28,7 @@ def ranges_of(rows: list[tuple[int, int, int]]) -> Ranges:
 def touched(ranges: Ranges) -> dict[int, set[int]]:
     """Every byte of every shard, in steps small enough to tell any two ranges apart."""
     found: dict[int, set[int]] = defaultdict(set)
-    for shard, start, stop in zip(*(column.tolist() for column in vars(ranges).values()), strict=True):
+    for shard, start, stop in ranges:
         found[shard] |= set(range(start, stop))
     return {shard: found[shard] for shard in sorted(found)}
 
@@ -64,25 +64,27 @@ def test_pages(rows: list[tuple[int, int, int]]) -> None:
 def test_ranges_hold_the_crops(dataset: Path, scale: int, patch: int) -> None:
     """Blank everything that is not asked for: crops are the same. Blank the ends of each range: they are not."""
     shards = Shards(dataset)
-    planes = planes_of(shards, scale, patch)
+    size = PatchSize(scale, patch)
     crops = Plan(*shards.index.sizes(scale), patch, 3, augment=True).crops(0, np.arange(12))
-    for plane in planes:
-        ranges = plane.ranges(crops)
+    planes = size.in_planes(crops)
+    for number, plane in enumerate(planes):
+        zoom = (1, scale)[number]
+        ranges = crop_ranges(shards.index, plane)
         out = np.empty((12, plane.side, plane.side, 3), np.uint8)
-        plane.gather(crops, out)
+        shards.gather(plane, out)
         for k in range(12):
             image, shard = int(crops.image[k]), int(shards.index.shard[crops.image[k]])
             data = np.fromfile(dataset / shards.index.shards[shard].file, np.uint8)
-            mine = plane.ranges(type(crops)(*(column[k : k + 1] for column in vars(crops).values())))
+            mine = crop_ranges(shards.index, size.in_planes(crops[k : k + 1])[number])
             blank = np.zeros_like(data)
             for start, stop in zip(mine.start, mine.stop, strict=True):
                 assert stop - start <= plane.side * 64 * 2 * 3 * 64
                 blank[start:stop] = data[start:stop]
-            view = shards.tiles(image, plane.scale)
-            offset = int(shards.index.planes[plane.scale].offset[image])
+            view = shards.tiles(image, plane.level)
+            offset = int(shards.index.planes[plane.level].offset[image])
             tiles = blank[offset : offset + view.size].reshape(view.shape)
             whole = tiles.swapaxes(1, 2).reshape(view.shape[0] * view.shape[2], -1, 3)
-            top, left = int(crops.top[k]) * plane.zoom, int(crops.left[k]) * plane.zoom
+            top, left = int(crops.top[k]) * zoom, int(crops.left[k]) * zoom
             crop = whole[top : top + plane.side, left : left + plane.side]
             np.testing.assert_array_equal(transformed(crop, int(crops.transform[k])), out[k])
             # the first and the last byte of each range belong to a pixel of the crop
@@ -93,8 +95,8 @@ def test_ranges_hold_the_crops(dataset: Path, scale: int, patch: int) -> None:
             marked = marked.reshape(whole.shape)[top : top + plane.side, left : left + plane.side]
             assert marked.sum() == mark.sum() == len(np.unique([mine.start, mine.stop - 1]))
         assert ranges.bytes >= out.size
-    assert len(batch_ranges(planes, crops)) == sum(len(plane.ranges(crops)) for plane in planes)
-    assert planes[1].scale == HR
+    assert len(footprint(shards.index, planes)) == sum(len(crop_ranges(shards.index, plane)) for plane in planes)
+    assert [plane.level for plane in planes] == [scale, HR]
 
 
 def table(*lines: str) -> str:
@@ -173,9 +175,9 @@ def test_what_is_in_memory_is_not_asked_for(dataset: Path, monkeypatch: pytest.M
     monkeypatch.setattr(storage.StorageWatch, "storage_in_use", lambda self: False)
     reader = open_reader(shards, 2, 16, "mmap")
     lr, hr = np.empty((8, 16, 16, 3), np.uint8), np.empty((8, 32, 32, 3), np.uint8)
-    reader.ask(crops).gather(lr, hr)
-    assert reader.asked.requests == 0
+    reader.ask(crops)(lr, hr)
+    assert reader.counts.requests == 0
     assert hr.any()
     monkeypatch.setattr(storage.StorageWatch, "storage_in_use", lambda self: True)
     reader.ask(crops)
-    assert reader.asked.requests > 0
+    assert reader.counts.requests > 0

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loader.pixels import tiles as module
-from loader.pixels.tiles import gather, gather_crops, kernel, split, transformed
+from loader.pixels.tiles import copy_crop, gather_crops, gather_kernel, split, transformed
 
 
 @given(height=st.integers(1, 70), width=st.integers(1, 70), tile=st.sampled_from([16, 32, 48]), data=st.data())
@@ -22,7 +22,7 @@ def test_gather_undoes_split(height: int, width: int, tile: int, data: st.DataOb
     h, w = data.draw(st.integers(1, height - top)), data.draw(st.integers(1, width - left))
     expected = image[top : top + h, left : left + w]
     out = np.full((h, w, 3), 99, np.uint8)
-    gather(tiles, top, left, out)
+    copy_crop(tiles, top, left, out)
     np.testing.assert_array_equal(out, expected)
 
 
@@ -40,9 +40,9 @@ def test_kernel_and_fallback_turn_crops_alike(tile: int, side: int, place: tuple
     address, cols, tops, lefts, numbers = (
         np.full(2, n, np.int64) for n in (tiles.ctypes.data, tiles.shape[1], top, left, number)
     )
-    for use in {kernel, None}:
+    for use in {gather_kernel, None}:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "kernel", use)
+            patch.setattr(module, "gather_kernel", use)
             out = np.full((3, side, side, 3), 99, np.uint8)  # the third tells whether anything is written beyond
             gather_crops(address, cols, tops, lefts, numbers, tile, out[:2])
         np.testing.assert_array_equal(out[0], expected)
@@ -68,7 +68,7 @@ def test_large_outputs(shift: int) -> None:
 
 def test_the_kernel_stays_within_its_pages() -> None:
     """Tiles that end where the memory that may be read ends, and an output that ends where none may be written."""
-    if kernel is None:
+    if gather_kernel is None:
         pytest.skip("the compiled kernel is not in use here")
     side, libc = 64, ctypes.CDLL(None)
     with mmap.mmap(-1, 5 * mmap.PAGESIZE) as memory:

@@ -16,7 +16,7 @@ from loader.errors import ShardsError
 from loader.format.index import read_index
 from loader.format.layout import HR, PAGE
 from loader.pixels.shards import Shards
-from loader.pixels.tiles import split
+from loader.pixels.tiles import gather_crops, split
 from loader.resize.imresize import Border, imresize
 from prep.build.build import build_dataset, images_per_shard, plan_shards
 from prep.images.find import find_images
@@ -29,7 +29,9 @@ def plane(shards: Shards, image: int, scale: int) -> Pixels:
     height, width = (int(sizes[image]) for sizes in shards.index.sizes(scale))
     out = np.empty((1, height, width, 3), np.uint8)
     zero = np.zeros(1, np.int64)
-    shards.gather(scale, np.array([image]), zero, zero, out)
+    number, entry = np.array([image]), shards.index.planes[scale]
+    address = shards.addresses(shards.index.shard[number]) + entry.offset[number]
+    gather_crops(address, shards.index.columns_of_tiles(scale, number), zero, zero, zero, entry.tile, out)
     pixels: Pixels = out[0]
     np.testing.assert_array_equal(shards.read(image, scale), pixels)
     return pixels

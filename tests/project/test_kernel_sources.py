@@ -11,9 +11,9 @@ import pytest
 from helpers import ROOT
 
 from loader.native import source_mark
-from loader.pixels.tiles import kernel
+from loader.pixels.tiles import gather_kernel
 
-pytestmark = pytest.mark.skipif(kernel is None, reason="the kernels are not built")
+pytestmark = pytest.mark.skipif(gather_kernel is None, reason="the kernels are not built")
 
 
 @pytest.fixture

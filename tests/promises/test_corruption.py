@@ -65,8 +65,8 @@ def read_everything(folder: Path) -> str:
         data = PatchDataset(folder, 2, 8, length=24)
         data.__getitems__(range(24))
         reader = open_reader(data.shards, 2, 8, io="pread")
-        lr, hr = (np.empty((24, side, side, 3), np.uint8) for side in reader.sides)
-        reader.ask(data.plan.crops(0, np.arange(24))).gather(lr, hr)
+        lr, hr = (np.empty((24, side, side, 3), np.uint8) for side in (8, 16))
+        reader.ask(data.plan.crops(0, np.arange(24)))(lr, hr)
         reader.close()
     except FormatError as error:
         return "refused" if str(error).isprintable() else "refused in several lines"

@@ -122,7 +122,7 @@ WRONG: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: type(value).__name__)
 def test_hostile_values(name: str, value: Any) -> None:
-    with pytest.raises(ShardsError, match=rf"^place in the sample stream: {name}: expected .*, got .*") as caught:
+    with pytest.raises(ShardsError, match=rf"^position in the sample stream: {name}: expected .*, got .*") as caught:
         OURS.load(OURS.save(7) | {name: value})
     assert len(str(caught.value)) < 300
     assert str(caught.value).isprintable()
@@ -135,11 +135,11 @@ def test_hostile_states(state: Any) -> None:
 
 
 def test_old_and_strange_states() -> None:
-    with pytest.raises(ShardsError, match="expected augment, datasets, lr_patch, scale, which are missing"):
+    with pytest.raises(ShardsError, match="expected augment, datasets, lr_patch, scale, got none"):
         OURS.load({"sample": 3, "seed": 1, "length": 25})
-    with pytest.raises(ShardsError, match=r"no more than a place has, got '\\x1b\[31m'"):
+    with pytest.raises(ShardsError, match=r"only known fields, got '\\x1b\[31m'"):
         OURS.load(OURS.save(3) | {"\x1b[31m": 1})
-    with pytest.raises(ShardsError, match="no more than a place has, got 4"):
+    with pytest.raises(ShardsError, match="only known fields, got 4"):
         OURS.load(OURS.save(3) | {4: 1})
 
 

@@ -12,7 +12,7 @@ from helpers import build, photograph, write_image
 
 from loader import PatchDataset, PatchLoader
 from loader.ahead import positional
-from loader.ahead.budget import SCRATCH, Room
+from loader.ahead.budget import READ_BUFFERS, MemoryBudget
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +28,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_memory_of_positional_reads(wide: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
     """As numpy accounts for it: all that is allotted, touched or not. Without a bound it is 4 times as much here."""
     held, most = [0], [0]
-    take, give = Room.take, Room.give
+    acquire, release = MemoryBudget.acquire, MemoryBudget.release
 
-    def count(self: Room, size: int, change: Any) -> None:
+    def count(self: MemoryBudget, size: int, change: Any) -> None:
         change(self, size)
-        held[0] += size if change is take else -size
+        held[0] += size if change is acquire else -size
         most[0] = max(most[0], held[0])
 
-    monkeypatch.setattr(Room, "take", lambda self, size: count(self, size, take))
-    monkeypatch.setattr(Room, "give", lambda self, size: count(self, size, give))
+    monkeypatch.setattr(MemoryBudget, "acquire", lambda self, size: count(self, size, acquire))
+    monkeypatch.setattr(MemoryBudget, "release", lambda self, size: count(self, size, release))
     data = PatchDataset(wide, 2, 96)
     tracemalloc.start()
     try:
@@ -46,34 +46,34 @@ def test_memory_of_positional_reads(wide: Path, monkeypatch: pytest.MonkeyPatch,
             peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert SCRATCH // 2 < most[0] <= SCRATCH + 64 * 4 * 256**2 * 3  # one batch may have been taken before `give`
-    assert peak < SCRATCH + 2 * 64 * 4 * 256**2 * 3
+    assert READ_BUFFERS // 2 < most[0] <= READ_BUFFERS + 64 * 4 * 256**2 * 3  # one batch ahead of its release
+    assert peak < READ_BUFFERS + 2 * 64 * 4 * 256**2 * 3
 
 
 def test_two_batches_always_fit() -> None:
-    room = Room(10)
+    budget = MemoryBudget(10)
     for size in (100, 200):
-        room.take(size)
+        budget.acquire(size)
     taken: list[int] = []
-    third = threading.Thread(target=lambda: (room.take(5), taken.append(5)), daemon=True)  # type: ignore[func-returns-value]
+    third = threading.Thread(target=lambda: (budget.acquire(5), taken.append(5)), daemon=True)  # type: ignore[func-returns-value]
     third.start()
     third.join(0.2)
     assert not taken
-    room.give(100)
+    budget.release(100)
     third.join(60)
     assert taken == [5]
 
 
 def test_a_closed_room_keeps_nobody_waiting() -> None:
-    room = Room(10)
+    budget = MemoryBudget(10)
     for size in (100, 200):
-        room.take(size)
-    third = threading.Thread(target=lambda: room.take(5), daemon=True)
+        budget.acquire(size)
+    third = threading.Thread(target=lambda: budget.acquire(5), daemon=True)
     third.start()
-    room.close()
+    budget.close()
     third.join(60)
     assert not third.is_alive()
-    room.take(1000)
+    budget.acquire(1000)
 
 
 def test_many_small_reads_are_asked_for_at_once(wide: Path) -> None:
