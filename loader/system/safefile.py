@@ -13,13 +13,21 @@ import secrets
 import stat
 from pathlib import Path
 
+from loader.errors import ShardsError, one_line
+
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
-class UnsafeFileError(OSError):
-    """A path that leads to something other than the file expected there; `strerror` says to what."""
+class UnsafeFileError(OSError, ShardsError):
+    """A path that leads to something other than the expected file; `strerror` says to what."""
+
+    def __init__(self, code: int, got: str, path: Path | str) -> None:
+        OSError.__init__(self, code, got, str(path))
+
+    def __str__(self) -> str:
+        return one_line(f"{self.filename}: {self.strerror}")
 
 
 def open_member(path: Path) -> int:
@@ -39,7 +47,7 @@ def open_member(path: Path) -> int:
     # Path.resolve raises RuntimeError for a link that leads to itself.
     target = Path(os.path.realpath(path))
     if target.parent != Path(os.path.realpath(path.parent)):
-        raise UnsafeFileError(errno.ELOOP, f"a link to {path.readlink()}", str(path))
+        raise UnsafeFileError(errno.ELOOP, f"a link to {path.readlink()}", path)
     return _regular(os.open(target, _READ | os.O_NOFOLLOW), path)
 
 
@@ -66,7 +74,7 @@ def open_own(path: Path) -> int:
         return descriptor
     os.close(descriptor)
     what = f"a file of {found.st_nlink} names" if found.st_nlink != 1 else f"a file of user {found.st_uid}"
-    raise UnsafeFileError(errno.EPERM, what, str(path))
+    raise UnsafeFileError(errno.EPERM, what, path)
 
 
 def is_own(found: os.stat_result, folder: Path) -> bool:
@@ -102,10 +110,10 @@ def open_to_write(path: Path, flags: int = os.O_WRONLY | os.O_APPEND) -> int:
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise UnsafeFileError(errno.ELOOP, "a link, where a file is written", str(path)) from None
+        raise UnsafeFileError(errno.ELOOP, "a link, where a file is written", path) from None
     if os.fstat(_regular(descriptor, path)).st_nlink > 1:
         os.close(descriptor)
-        raise UnsafeFileError(errno.EMLINK, "a file of several names, where one is written", str(path))
+        raise UnsafeFileError(errno.EMLINK, "a file of several names, where one is written", path)
     return descriptor
 
 
@@ -196,12 +204,12 @@ def _regular(descriptor: int, path: Path) -> int:
     if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
-    raise UnsafeFileError(errno.EINVAL, f"{describe_kind(mode)}, no regular file", str(path))
+    raise UnsafeFileError(errno.EINVAL, f"{describe_kind(mode)}, no regular file", path)
 
 
 def _read(descriptor: int, path: Path, limit: int) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise UnsafeFileError(errno.EFBIG, f"more than {limit} bytes", str(path))
+        raise UnsafeFileError(errno.EFBIG, f"more than {limit} bytes", path)
     return data

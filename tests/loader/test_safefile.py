@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import socket
 import stat
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from loader.errors import ShardsError
 from loader.system import safefile
 from loader.system.safefile import (
     UnsafeFileError,
@@ -351,3 +353,10 @@ def test_folders_without_fsync(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.undo()
     with pytest.raises(NotADirectoryError):
         sync_folder(place / "file")
+
+
+def test_an_unsafe_file_is_an_os_error_and_one_of_ours(tmp_path: Path) -> None:
+    error: OSError = pickle.loads(pickle.dumps(UnsafeFileError(errno.EINVAL, "a pipe\nof odd name", tmp_path)))
+    assert (error.errno, error.filename) == (errno.EINVAL, str(tmp_path))
+    assert isinstance(error, ShardsError)
+    assert str(error) == f"{tmp_path}: a pipe\\nof odd name"

@@ -150,7 +150,7 @@ def test_files_of_ours_are_written_to_no_others(tmp_path: Path) -> None:
     kept = reports(tmp_path)
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").symlink_to("victim")
-    with pytest.raises(OSError, match=r"a link, where a file is written: '.*metrics.jsonl'"):
+    with pytest.raises(OSError, match=r"metrics.jsonl: a link, where a file is written"):
         kept.record(1, {"loss": 1.0})
     assert (tmp_path / "victim").read_text() == "dear"
     with pytest.raises(OSError, match="No such device|Is a directory|a folder"):
