@@ -11,7 +11,8 @@ import torch
 from loader.ahead.budget import Room
 from loader.ahead.pipeline import Pipeline, default_readahead
 from loader.ahead.reader import Io, open_reader
-from loader.dataset import Pair, PatchDataset, need
+from loader.arguments import require
+from loader.dataset import Pair, PatchDataset
 from loader.stream.buffers import Memory
 from loader.stream.iterator import Counts, PatchIterator, Place, Share, Stats, crops_of, stream_of
 from loader.stream.position import MOST_SAMPLES
@@ -76,7 +77,7 @@ class PatchLoader:
         self.rank = _whole("rank", rank, 0, self.world_size - 1, f"0 to world_size - 1 = {self.world_size - 1}")
         self.start = None if start is None else _whole("start", start, 0)
         self.epochs = None if epochs is None else _whole("epochs", epochs, 1, MOST_SAMPLES // len(dataset))
-        need("io", '"auto", "mmap" or "pread"', io, io in ("auto", "mmap", "pread"))
+        require("io", '"auto", "mmap" or "pread"', io, io in ("auto", "mmap", "pread"))
         self.readahead = (
             default_readahead(self.batch_size) if readahead is None else _whole("readahead", readahead, 0, MOST_AHEAD)
         )
@@ -172,5 +173,5 @@ def _whole(name: str, value: SupportsIndex, least: int, most: int = MOST_SAMPLES
         raise ValueError(f"{name}: expected a whole number, got {value!r}") from None
     if not expected:
         expected = f"{least} or more" if number < least else f"at most {most}"
-    need(name, expected, value, least <= number <= most)
+    require(name, expected, value, least <= number <= most)
     return number

@@ -1,4 +1,4 @@
-"""The batch scripts, run for real with stand-ins for Slurm's commands and for train.py."""
+"""The batch scripts, run with stand-ins for Slurm's commands and for train.py."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from helpers import ROOT, photograph, write_image
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 TRAIN, BUILD = (ROOT / "slurm" / name for name in ("train.sbatch", "build-shards.sbatch"))
 
-# Runs its tasks as srun does: an environment for each, signals sent on to all, the highest exit code, and the end of
-# all tasks after a bad one.
+# Runs tasks like srun: each with its environment, signals forwarded to all, the highest exit code returned; after a
+# failure, the other tasks are killed.
 SRUN = """#!{python}
 import os, signal, subprocess, sys, time
 options, words = dict(), sys.argv[1:]
@@ -51,7 +51,7 @@ SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> {log}
 [[ $1 != show ]] || printf '%s\\n' localhost other
 """
-# Says what it was given; ends, waits for a signal, or fails, as MODE tells.
+# Records its arguments and environment; then exits, waits for a signal, or fails, depending on MODE.
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
 flags = sys.argv[1:]
@@ -83,11 +83,13 @@ if rank == "0":
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_sound(script: Path) -> None:
+def test_scripts_are_valid(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
     lines = script.read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
-    assert not [line for line in lines[first:] if line.startswith("#SBATCH")]  # Slurm would not read them
+    assert not [
+        line for line in lines[first:] if line.startswith("#SBATCH")
+    ]  # Slurm ignores options after the first command
     assert sum(line.startswith("#SBATCH") for line in lines[:first]) > 5
     if checker := shutil.which("shellcheck"):
         found = subprocess.run([checker, script], capture_output=True, text=True, check=False)
@@ -100,11 +102,11 @@ def write_program(path: Path, text: str) -> None:
 
 
 class Cluster:
-    """A folder to submit from, with stand-ins for Slurm's commands on PATH."""
+    """A folder to submit jobs from, with stand-ins for Slurm's commands on PATH."""
 
     def __init__(self, folder: Path, nodes: int = 1, tasks_per_node: int = 2) -> None:
         self.folder, self.out, self.log = folder, folder / "a run", folder / "slurm.log"
-        self.job = str(os.getpid())  # the port follows from it: another run of these tests must have another
+        self.job = str(os.getpid())  # determines the port: concurrent runs of these tests need different ones
         self.programs, self.shards, self.scratch = (folder / name for name in ("bin", "my shards", "scratch"))
         for place in (self.programs, self.shards / "deep", self.scratch):
             place.mkdir(parents=True)
@@ -125,7 +127,7 @@ class Cluster:
         }
 
     def start(self, mode: str, *flags: str | Path, **environment: str) -> subprocess.Popen[str]:
-        """Start the batch script as Slurm does: in the folder that it was submitted from, from a copy."""
+        """Start a copy of the batch script in the folder of submission, as Slurm does."""
         script = shutil.copy(TRAIN, self.folder / "slurm_script")
         return subprocess.Popen(
             ["bash", script, *(flags or ("--shards", self.shards, f"--out={self.out}", "--scale", "2"))],
@@ -137,11 +139,11 @@ class Cluster:
         )
 
     def run(self, mode: str, *flags: str | Path, **environment: str) -> tuple[int, str]:
-        """Run the batch script to its end; give its exit code and what it said."""
+        """Run the batch script; return its exit code and its messages."""
         return self.end(self.start(mode, *flags, **environment))
 
     def end(self, batch: subprocess.Popen[str]) -> tuple[int, str]:
-        """Wait for the batch script; after a minute, kill it and all that it started."""
+        """Wait for the batch script; after a minute, kill it and all its processes."""
         try:
             _, errors = batch.communicate(timeout=60)
         except subprocess.TimeoutExpired:
@@ -151,16 +153,16 @@ class Cluster:
         return batch.returncode, errors
 
     def training(self, ranks: int = 2) -> None:
-        """Wait until all ranks are under way."""
+        """Wait until all ranks are running."""
         wait_for(lambda: len(list(self.out.glob("*.json"))) == ranks)
 
     def given(self, rank: int) -> dict[str, Any]:
-        """What a rank was given."""
+        """Return the arguments and environment of a rank."""
         content: dict[str, Any] = json.loads((self.out / f"{rank}.json").read_text())
         return content
 
     def requeued(self) -> bool:
-        """Whether the job was put back into the queue."""
+        """Return whether the job was requeued."""
         return f"scontrol requeue {self.job}" in self.log.read_text().splitlines()
 
 
@@ -176,7 +178,7 @@ def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
-def test_ranks_know_their_places(tmp_path: Path) -> None:
+def test_ranks_and_flags(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, nodes=2)
     assert cluster.run("finish") == (0, "")
     expected = ["--shards", str(cluster.shards), f"--out={cluster.out}", "--scale", "2", "--resume", "auto"]
@@ -194,8 +196,8 @@ def test_ranks_know_their_places(tmp_path: Path) -> None:
     assert not cluster.requeued()
 
 
-def test_near_the_time_limit_it_saves_and_is_requeued(cluster: Cluster) -> None:
-    for _ in range(2):  # requeued, it does so again: the checkpoint is a new one each time
+def test_job_saves_near_the_time_limit_and_is_requeued(cluster: Cluster) -> None:
+    for _ in range(2):  # the second time after being requeued, with a new checkpoint
         batch = cluster.start("wait")
         cluster.training()
         batch.send_signal(signal.SIGUSR1)
@@ -212,7 +214,7 @@ def test_near_the_time_limit_it_saves_and_is_requeued(cluster: Cluster) -> None:
     assert not cluster.requeued()
 
 
-def test_what_finishes_near_the_time_limit_is_not_requeued(cluster: Cluster) -> None:
+def test_job_finished_near_the_time_limit_is_not_requeued(cluster: Cluster) -> None:
     batch = cluster.start("finish late")
     cluster.training()
     batch.send_signal(signal.SIGUSR1)
@@ -221,7 +223,7 @@ def test_what_finishes_near_the_time_limit_is_not_requeued(cluster: Cluster) -> 
     assert not cluster.requeued()
 
 
-def test_without_progress_it_is_not_requeued(cluster: Cluster) -> None:
+def test_job_without_a_new_checkpoint_is_not_requeued(cluster: Cluster) -> None:
     batch = cluster.start("forget")
     cluster.training()
     batch.send_signal(signal.SIGUSR1)
@@ -231,20 +233,20 @@ def test_without_progress_it_is_not_requeued(cluster: Cluster) -> None:
     assert not cluster.requeued()
 
 
-def test_a_failure_is_not_requeued(cluster: Cluster) -> None:
+def test_failed_job_is_not_requeued(cluster: Cluster) -> None:
     code, errors = cluster.run("crash")
-    assert code == 137  # the other rank, which srun killed after the first
+    assert code == 137  # of the other rank, killed by srun
     assert "ended with status 137 before all iterations were done" in errors
     assert not cluster.requeued()
 
 
-def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster) -> None:
+def test_cancelled_job_saves_and_is_not_requeued(cluster: Cluster) -> None:
     batch = cluster.start("wait")
     cluster.training()
-    batch.send_signal(signal.SIGTERM)  # what Slurm sends to the shell
+    batch.send_signal(signal.SIGTERM)  # Slurm signals the shell
     time.sleep(0.2)
-    assert batch.poll() is None  # it stays until the tasks have saved
-    for rank in (0, 1):  # and to the tasks
+    assert batch.poll() is None  # it waits until the tasks have saved
+    for rank in (0, 1):  # and the tasks
         os.kill(cluster.given(rank)["pid"], signal.SIGTERM)
     code, errors = cluster.end(batch)
     assert code == 1
@@ -254,13 +256,13 @@ def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster) -> None:
 
 
 def real_shards(cluster: Cluster, source: Path) -> list[str]:
-    """Put a dataset into the cluster's folder of shards, beside what is none of it; give the dataset's files."""
+    """Copy a dataset into the cluster's shards folder, next to unrelated files; return the names of its files."""
     (cluster.shards / "shard-00000.h5").unlink()
     for path in source.iterdir():
         shutil.copy(path, cluster.shards)
     names = sorted(path.name for path in source.iterdir())
     (cluster.shards / "shard-00000.h5").rename(cluster.shards / "pixels")
-    (cluster.shards / "shard-00000.h5").symlink_to("pixels")  # within the folder: it may be
+    (cluster.shards / "shard-00000.h5").symlink_to("pixels")  # allowed: within the folder
     (cluster.shards / "shard-00009.h5").symlink_to(cluster.folder / "train.py")  # not in the index
     (cluster.shards / "home").symlink_to(cluster.folder)
     return names
@@ -268,7 +270,7 @@ def real_shards(cluster: Cluster, source: Path) -> list[str]:
 
 @pytest.mark.parametrize("variable", ["SLURM_TMPDIR", "TMPDIR"])
 def test_shards_are_staged_when_asked(cluster: Cluster, training_shards: Path, variable: str) -> None:
-    """The dataset, and nothing that links in its folder lead to."""
+    """Only the dataset is copied; links in its folder are not followed."""
     names = real_shards(cluster, training_shards)
     before = sorted(path.name for path in cluster.shards.iterdir())
     code, errors = cluster.run("finish", STAGE="1", **{variable: str(cluster.scratch)})
@@ -288,7 +290,7 @@ def test_shards_are_read_in_place_unless_asked(cluster: Cluster) -> None:
     assert cluster.log.read_text().count("srun") == 1
 
 
-def test_shards_that_cannot_be_copied_are_read_in_place(cluster: Cluster, training_shards: Path) -> None:
+def test_shards_are_read_in_place_if_copying_fails(cluster: Cluster, training_shards: Path) -> None:
     real_shards(cluster, training_shards)
     (cluster.shards / "shard-00001.h5").unlink()
     (cluster.shards / "shard-00001.h5").symlink_to(training_shards / "shard-00001.h5")  # out of the folder
@@ -300,7 +302,7 @@ def test_shards_that_cannot_be_copied_are_read_in_place(cluster: Cluster, traini
     assert not list(cluster.scratch.iterdir())
 
 
-def test_without_a_place_shards_are_read_in_place(cluster: Cluster) -> None:
+def test_shards_are_read_in_place_without_tmpdir(cluster: Cluster) -> None:
     code, errors = cluster.run("finish", STAGE="1")
     assert code == 0
     assert f"neither SLURM_TMPDIR nor TMPDIR is set: reading {cluster.shards} in place" in errors
@@ -320,14 +322,14 @@ def test_missing_flags_are_refused(cluster: Cluster, flags: tuple[str, ...], mes
     assert not cluster.log.exists()
 
 
-def test_elsewhere_than_in_the_checkout_it_is_refused(cluster: Cluster) -> None:
+def test_submission_outside_the_checkout_is_refused(cluster: Cluster) -> None:
     (cluster.folder / "train.py").unlink()
     code, errors = cluster.run("finish")
     assert code == 2
     assert f"expected train.py in the folder that sbatch is called in, got {cluster.folder}\n" in errors
 
 
-def test_a_real_training_goes_on_where_the_time_limit_stopped_it(cluster: Cluster, training_shards: Path) -> None:
+def test_real_training_resumes_after_the_time_limit(cluster: Cluster, training_shards: Path) -> None:
     (cluster.folder / "train.py").unlink()
     (cluster.folder / "train.py").symlink_to(TRAIN.parent.parent / "train.py")
     small = ["--lr-patch", "12", "--batch-size", "2", "--log-every", "1", "--device", "cpu", "--workers", "1"]
@@ -352,7 +354,7 @@ def test_a_real_training_goes_on_where_the_time_limit_stopped_it(cluster: Cluste
     assert not cluster.requeued()
 
 
-def test_shards_are_built_by_as_many_workers_as_cores(folder: Path, tmp_path: Path) -> None:
+def test_build_uses_one_worker_per_core(folder: Path, tmp_path: Path) -> None:
     prep = Path(sys.executable).with_name("prep")
     words = [str(folder), "--scale", "2", "--out", str(tmp_path / "shards")]
     write_program(tmp_path / "seen", f'#!/bin/bash\necho "$@" >&2\nexec {prep} "$@"\n')
@@ -362,7 +364,7 @@ def test_shards_are_built_by_as_many_workers_as_cores(folder: Path, tmp_path: Pa
     assert (tmp_path / "shards" / "index.json").exists()
 
 
-def test_a_build_near_its_time_limit_is_requeued_and_goes_on(tmp_path: Path) -> None:
+def test_build_is_requeued_near_the_time_limit_and_resumes(tmp_path: Path) -> None:
     for i in range(12):
         write_image(tmp_path / "in" / f"{i}.png", photograph(600, 800, seed=i))
     log = tmp_path / "slurm.log"

@@ -324,7 +324,7 @@ def test_a_pipe_is_no_file_of_settings(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     result = CliRunner().invoke(train.main, ["--config", str(tmp_path / "pipe")])
     assert result.exit_code == 2
-    assert "a pipe, no regular file" in result.stderr
+    assert "a pipe, not a regular file" in result.stderr
 
 
 def test_scores_belong_to_a_dataset(run: Path, training_shards: Path, photographs: Path, tmp_path: Path) -> None:
