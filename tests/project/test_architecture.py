@@ -1,4 +1,4 @@
-"""The rooms of the house, which way imports point between them, and what else holds for every module."""
+"""The rooms of each package, the direction of imports between them, and other rules for all modules."""
 
 import importlib
 import subprocess
@@ -10,7 +10,7 @@ from source_tree import imports, modules
 
 from loader.errors import ShardsError
 
-# The rooms of each package, lowest first. A module imports from its own room, and from rooms before the bar before it.
+# The rooms of each package, lowest first. A module imports from its own room and from rooms in groups further left.
 ROOMS = {
     "loader": "errors native | system arguments | format | pixels resize plan epoch | ahead | dataset | stream"
     " | batches stage",
@@ -37,12 +37,15 @@ USES = {
     "model.shufflemixer": "torch",
     "train": "click torch loader prep.console model",
 }
-PENDING: set[str] = {
+PENDING = {  # exception classes that do not derive from ShardsError yet
     "train.TrainingError", "loader.ahead.pipeline.StoppedError", "loader.ahead.positional.CancelledError",
     "prep.console.unix.OutputError", "prep.verify.verify.Stopped", "model.torchfile.archive.ArchiveError",
     "model.torchfile.pickled.PickleError", "model.training.ranks.RanksError", "model.training.sources.SettingsError",
 }  # fmt: skip
-LARGEST = 350  # lines of a module
+LARGEST = 300  # lines of a module,
+LARGER = {"train": 400} | dict.fromkeys(
+    ("loader.dataset", "prep.build.build", "model.cpu.fused"), 350
+)  # except of these
 LEVELS = {
     f"{package}.{name}": level
     for package, rooms in ROOMS.items()
@@ -114,4 +117,4 @@ def test_errors_have_one_root(module: str) -> None:
 
 def test_modules_stay_small() -> None:
     for name, path in modules().items():
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= LARGEST, name
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= LARGER.get(name, LARGEST), name
