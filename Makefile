@@ -19,11 +19,11 @@ test: $(READY)
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long -s
 
-# AddressSanitizer and UBSan over the kernels; needs gcc.
+# The C extensions under AddressSanitizer and UBSan; needs gcc.
 test-sanitized: $(READY)
 	tests/run_sanitized.sh $(BIN)/python
 
-# A quick part of the tests with the lowest versions that setup.cfg declares, torch apart.
+# Quick tests with the lowest versions declared in setup.cfg, except torch's.
 LOWEST := .venv-lowest
 QUICK := architecture bad_images build checkpoints cli dataset export images imresize index losses metrics model plan \
 	stage tiles verify
@@ -39,7 +39,7 @@ $(LOWEST)/ready: setup.cfg setup.py pyproject.toml constraints.txt tests/lowest.
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-# Without torch, on each Python that is installed here, or on those that PYTHONS names; by hand.
+# Tests without torch, on every installed Python or those in PYTHONS; run by hand.
 test-floor:
 	tests/run_floor.sh $(PYTHONS)
 
@@ -50,7 +50,7 @@ fuzz: $(READY)
 	SRSHARDS_FUZZ_SECONDS=$(FUZZ_SECONDS) SRSHARDS_FUZZ_SEED=$${SRSHARDS_FUZZ_SEED:-$$(date +%s)} \
 		$(BIN)/python -m pytest $(FUZZED:%=tests/*/test_%.py)
 
-# Built again when what is installed changes; the kernels are optional, their build may fail.
+# Rebuilt when dependencies or C sources change. The C extensions are optional: building them may fail.
 $(READY): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard */*.h */*/*.c */*/*.h)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

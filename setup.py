@@ -1,6 +1,6 @@
-"""The optional compiled kernels; everything else is in setup.cfg.
+"""The optional C extensions; everything else is in setup.cfg.
 
-With SRSHARDS_SANITIZE=1 they are built for `make test-sanitized`: each error of memory or arithmetic ends the process.
+SRSHARDS_SANITIZE=1 builds them for `make test-sanitized`: any memory or arithmetic error aborts the process.
 """
 
 import hashlib
@@ -10,20 +10,20 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-# No fused multiply-add: results must be the same on every machine, and the same as the fallback's.
+# No fused multiply-add: results must be the same on all machines, and equal to those of the Python fallback.
 flags = [] if sys.platform == "win32" else ["-O3", "-std=c11", "-ffp-contract=off"]
-# The network's results are torch's up to rounding, and torch fuses as well.
+# The network's results equal torch's only up to rounding, and torch fuses too.
 fused = [] if sys.platform == "win32" else ["-O3", "-std=c11", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
 
 sanitized = os.environ.get("SRSHARDS_SANITIZE") == "1"
 checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitized else []
 if sanitized:
     slow = ["-O1", "-g", "-fno-omit-frame-pointer", *checks]
-    flags, fused = flags + slow, fused + slow  # the last -O counts
+    flags, fused = flags + slow, fused + slow  # the last -O applies
 
 
-def kernel(name, flags):
-    """Make an extension of the C files that start with its name; it holds their digest (loader.native.source_mark)."""
+def extension(name, flags):
+    """Return the extension built from the C files `name*`; it contains their digest (loader.native.source_mark)."""
     *rooms, stem = name.split(".")
     folder = "/".join(rooms)
     paths = sorted(Path(folder).glob(f"{stem}*.[ch]"))
@@ -41,8 +41,8 @@ def kernel(name, flags):
 
 setup(
     ext_modules=[
-        kernel("loader.pixels._gather", flags),
-        kernel("loader.resize._imresize", flags),
-        kernel("model.cpu._mixing", fused),
+        extension("loader.pixels._gather", flags),
+        extension("loader.resize._imresize", flags),
+        extension("model.cpu._mixing", fused),
     ]
 )

@@ -1,6 +1,6 @@
-"""Commands of ours hold that `loader` and `prep` are ours too: a user's own folders may have such common names.
+"""Our commands check that `loader` and `prep` are ours too: a user's own folders may have such common names.
 
-It has a module, and a name, of its own, since it must be found where those are not.
+This module has an uncommon name, so that Python finds it even if another `loader` or `prep` shadows ours.
 """
 
 import importlib.util
@@ -11,9 +11,9 @@ HOME = Path(__file__).resolve().parent
 
 
 def check_names(package: str, *others: str) -> None:
-    """End with one clear line if a command of `package` is starting and one of `others` is not what came with it.
+    """Exit with one line if a command of `package` is starting, and Python finds a package of `others` elsewhere.
 
-    Programs that import `package` are left alone: they may do with a part of it that needs no other.
+    Programs that merely import `package` are not checked: they may use a part of it that needs no other.
     """
     if not _is_starting(package):
         return
@@ -22,13 +22,13 @@ def check_names(package: str, *others: str) -> None:
         if found != HOME / name:
             text = (
                 f"expected the package {name} of srshards, {HOME / name}, got {found or 'none'}; start from another "
-                "folder, or keep that one off Python's path (PYTHONPATH; the working directory: python -P)"
+                "folder, or remove that one from Python's path (PYTHONPATH; the working directory: python -P)"
             )
             raise SystemExit(f"Error: {text if text.isprintable() else ascii(text)}")
 
 
 def _is_starting(package: str) -> bool:
-    """Whether this is the script of that name, or `python -m` is on its way to a module of that package."""
+    """Return whether this process runs the script of that name, or a module of that package with `python -m`."""
     if sys.argv[0] != "-m":
         return Path(sys.argv[0]).name == package
     after = sys.orig_argv.index("-m") + 1 if "-m" in sys.orig_argv else len(sys.orig_argv)
@@ -36,10 +36,10 @@ def _is_starting(package: str) -> bool:
 
 
 def _place(name: str) -> Path | None:
-    """Where Python finds a package, or a module, of that name."""
+    """Return where Python finds a package or module of that name."""
     try:
         spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # ValueError: a module made by hand, without a spec
+    except (ImportError, ValueError):  # ValueError: a module without a spec
         return None
     places = [] if spec is None else [*(spec.submodule_search_locations or ()), spec.origin]
     return Path(places[0]).resolve() if places and places[0] else None

@@ -1,11 +1,11 @@
-"""A dataset of 100,000 images: how soon it gives its first batch, how fast it goes on, and what memory a worker takes.
+"""A dataset of 100,000 images: time to the first batch, throughput, and memory of a worker.
 
 python benchmarks/bench_index.py [--images 100000] [--work DIR]
 
-The shards are sparse: they have the size of 2040 × 1356 images and hold nothing, so that the index is real and the
-disk stays empty. Throughput is that of the same number of crops once their pages are in memory, compared in turns with
-a dataset of 100 such images. Memory is that of a worker of torch's DataLoader, spawned as a process of its own, beyond
-that of a process that only imports torch; pages of the mapped shards belong to the page cache and are left out.
+The index is real, but the shards are sparse: as long as those of 2040 × 1356 images, without data. Throughput is
+measured with all pages in memory, in turns with a dataset of 100 such images. Memory is the private memory of a spawned
+DataLoader worker, less that of a process that only imports torch; mapped pages of shards are page cache, and not
+counted.
 """
 
 import os
@@ -33,7 +33,7 @@ from loader.format.index_text import dump_index
 from loader.format.layout import HR, PAGE, Index, LrOrigin, Plane, Shard, Strings, plane_tile, run_length, shard_file
 
 HEIGHT, WIDTH, SCALE, TILE, PER_SHARD = 1356, 2040, 4, 64, 64
-SAMPLES = 2048  # in the epochs of which throughput is measured
+SAMPLES = 2048  # per epoch, for throughput
 HERE = Path(__file__).parent
 
 
@@ -41,10 +41,12 @@ HERE = Path(__file__).parent
 @click.option("--images", "count", default=100_000, show_default=True)
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--rounds", "repeats", default=7, show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), help="Keep the datasets here.  [default: a temporary folder]")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Folder for the datasets, kept.  [default: a temporary folder]"
+)
 @click.option("--out", default=HERE / "results", type=click.Path(path_type=Path))
 def main(count: int, batch_size: int, repeats: int, work: Path | None, out: Path) -> None:
-    """Measure, and write index.json beside the other results."""
+    """Measure, and write index.json next to the other results."""
     with nullcontext(work) if work else tempfile.TemporaryDirectory() as folder:
         large, small = Path(folder, f"images-{count}"), Path(folder, "images-100")
         for path, images in ((large, count), (small, 100)):
@@ -66,7 +68,7 @@ def main(count: int, batch_size: int, repeats: int, work: Path | None, out: Path
 
 
 def write_sparse(folder: Path, count: int) -> None:
-    """A dataset at ×4 whose shards are holes."""
+    """Write a dataset at ×4 with sparse shards."""
     shapes = {HR: (HEIGHT, WIDTH), SCALE: (HEIGHT // SCALE, WIDTH // SCALE)}
     tiles = {scale: plane_tile(TILE, scale) for scale in shapes}
     sizes = {level: run_length(*shape, tiles[level]) for level, shape in shapes.items()}
@@ -107,14 +109,14 @@ def write_sparse(folder: Path, count: int) -> None:
 
 
 def first_batch(folder: Path, batch_size: int) -> float:
-    """Seconds from opening a dataset to the first batch."""
+    """Return the seconds from opening a dataset to the first batch."""
     start = time.perf_counter()
     next(iter(PatchLoader(PatchDataset(folder, SCALE), batch_size)))
     return time.perf_counter() - start
 
 
 def throughput(large: Path, small: Path, batch_size: int, repeats: int) -> float:
-    """How fast the larger dataset is read, by how fast the smaller one is."""
+    """Return the throughput of the large dataset as a ratio to that of the small one."""
 
     def work(folder: Path) -> Iterator[int]:
         loader = PatchLoader(PatchDataset(folder, SCALE, length=SAMPLES), batch_size, epochs=1)
@@ -127,10 +129,10 @@ def throughput(large: Path, small: Path, batch_size: int, repeats: int) -> float
 
 
 def worker_memory(folder: Path, batch_size: int) -> dict[str, float]:
-    """What worker_memory.py tells."""
+    """Return the figures that worker_memory.py prints."""
     command = [sys.executable, str(HERE / "worker_memory.py"), str(folder), str(batch_size)]
-    told: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    return told
+    figures: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return figures
 
 
 if __name__ == "__main__":

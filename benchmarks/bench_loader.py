@@ -1,12 +1,12 @@
-"""Patches per second of ours, of rivals, and of the physical limit: warm, cold, and on slow storage.
+"""Patches per second of srshards, rivals and the physical limit: warm, cold, and on slow storage.
 
 python benchmarks/bench_loader.py --images DIR --mosaics 48 --work WORK [--mode warm] [--mode cold]
     [--mode slow --slow-mount "python slowfs.py {source} {mount} --delay-ms 3 --log {log}"]
 
-DIR holds large photographs; with --mosaics, that many images of 2040 × 1356 are first made of the photographs in it.
-WORK, on the storage to be measured, keeps images, shards and the rivals' files for the next time. Each mode writes
-table, raw figures and chart under benchmarks/results, and with them the table of targets. benchmarks/README.md says how
-the rivals are set up.
+DIR holds large photographs; --mosaics first assembles that many images of 2040 × 1356 from the photographs in it. WORK,
+on the storage to be measured, keeps images, shards and the rivals' files for later runs. Each mode writes a table, raw
+figures and a chart to benchmarks/results, and updates the table of targets. benchmarks/README.md describes the setup of
+the rivals.
 """
 
 import os
@@ -38,21 +38,25 @@ MEASURES: dict[str, Callable[..., Rounds]] = {"warm": modes.warm, "cold": modes.
 
 @click.command()
 @click.option("--images", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--mosaics", type=int, help="Make this many 2040 × 1356 images of those in the folder.")
-@click.option("--work", type=click.Path(path_type=Path), help="Keep all files here.  [default: a temporary folder]")
-@click.option("--mode", "wanted", multiple=True, type=click.Choice(list(MODES)), help="[default: all that can be had]")
+@click.option("--mosaics", type=int, help="Assemble this many 2040 × 1356 images from those in the folder.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Folder for all files, kept.  [default: a temporary folder]"
+)
+@click.option(
+    "--mode", "wanted", multiple=True, type=click.Choice(list(MODES)), help="[default: all that are available]"
+)
 @click.option("--scale", "scales", multiple=True, type=click.Choice([str(scale) for scale in SCALES]))
-@click.option("--only", multiple=True, help="Only ways with this in their names; may repeat.")
+@click.option("--only", multiple=True, help="Only ways whose name contains this; repeatable.")
 @click.option("--rounds", type=int, help="[default: 11 warm, 5 cold, 3 slow]")
-@click.option("--seconds", type=float, help="For each way in each round.  [default: 0.3 warm, 1.5 else]")
-@click.option("--samples", default=1024, show_default=True, help="Of cold and slow, at most.")
+@click.option("--seconds", type=float, help="Per way and round.  [default: 0.3 warm, 1.5 otherwise]")
+@click.option("--samples", default=1024, show_default=True, help="At most so many, cold and slow.")
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--lr-patch", default=64, show_default=True)
 @click.option("--slow-mount", default="", help="Command that mounts {source} at {mount} and logs requests to {log}.")
 @click.option("--slow-unmount", default="fusermount -u {mount}", show_default=True)
-@click.option("--slow-delay-ms", default=3.0, show_default=True, help="What the mount adds to each request.")
-@click.option("--slow-in-flight", default=10, show_default=True, help="Requests that the mount serves at a time.")
-@click.option("--out", default=HERE / "results", type=click.Path(path_type=Path), help="Folder of the results.")
+@click.option("--slow-delay-ms", default=3.0, show_default=True, help="Delay that the mount adds to each request.")
+@click.option("--slow-in-flight", default=10, show_default=True, help="Requests that the mount serves concurrently.")
+@click.option("--out", default=HERE / "results", type=click.Path(path_type=Path), help="Folder for the results.")
 def main(
     images: Path,
     mosaics: int | None,
@@ -108,7 +112,7 @@ def main(
 
 
 def check(shards: Path, count: int) -> None:
-    """Make sure that the shards are of these images, and that the rivals' layouts leave no rest of them."""
+    """Check that the shards hold these images, and that all layouts of the rivals cover whole images."""
     index = read_index(shards)
     if len(index.name) != count:
         raise ShardsError(f"{shards}: expected {count} images, got {len(index.name)}; name another --work")
@@ -121,7 +125,7 @@ def check(shards: Path, count: int) -> None:
 
 
 def tell(what: str, text: str) -> None:
-    """Print how far it is."""
+    """Print progress."""
     print(f"{what}: {text}", flush=True)
 
 

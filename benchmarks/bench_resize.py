@@ -1,8 +1,8 @@
-"""Downscaling against decoding: HR → ×2 and ×4 of one 2040 × 1356 photograph, as a share of reading it from PNG.
+"""Downscaling compared with decoding: HR → ×2 and ×4 of one 2040 × 1356 photograph, against decoding its PNG.
 
-python benchmarks/bench_resize.py [IMAGE]     # without one: a mosaic of scikit-image's photographs
+python benchmarks/bench_resize.py [IMAGE]     # default: a mosaic of scikit-image's photographs
 
-One thread for everything. Each round times each work once; shares are medians over rounds.
+Everything runs on one thread. Each round times each task once; ratios are medians over rounds.
 """
 
 import os
@@ -43,7 +43,7 @@ def measure(path: Path, count: int) -> None:
     hr = read_image(path)
     kernels = {"compiled": module.resize_kernel, "fallback": None}
     if module.resize_kernel is None:
-        print("the compiled kernel is not built: only the fallback is measured")
+        print("the C extension is not built: measuring the fallback only")
         del kernels["compiled"]
 
     def shrink(kernel: object, scales: tuple[int, ...]) -> Callable[[], object]:

@@ -1,15 +1,15 @@
-"""The training step: forward and backward of a batch, and whole-image inference, against the published style.
+"""Training steps (forward and backward) and whole-image inference, compared with the published implementation style.
 
 python benchmarks/bench_step.py [--device cuda] [--model tiny] [--precision bf16]    # adds to results/step.{json,md}
 python benchmarks/bench_step.py --device cuda --memory                               # peak memory; writes nothing
 
-The rival (rival_shufflemixer.py) has the same weights; before anything is timed, outputs and gradients are compared.
-Each round runs every way once; ratios are medians over rounds.
+The rival (rival_shufflemixer.py) has the same weights; outputs and gradients are compared before anything is timed.
+Each round runs every implementation once; ratios are medians over rounds.
 """
 
 import os
 
-os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # the time to compile is to be that of a first run
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # measure compilation as in a first run
 
 import contextlib
 import copy
@@ -34,12 +34,12 @@ from model.shufflemixer import PRESETS, ShuffleMixer
 HERE = Path(__file__).parent
 RIVAL, OURS, PLAIN, COMPILED = "published style", "ours", "ours, plain operations", "ours, compiled"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-HD = (720, 1280)  # height and width of the HR image that inference makes
+HD = (720, 1280)  # height and width of the HR output of inference
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how."""
+    """The setup of a measurement."""
 
     device: str
     precision: str
@@ -51,7 +51,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Results:
-    """Seconds of each round, by case and way; `compile_seconds`: of the first compiled step, by case."""
+    """Seconds of each round, by case and implementation; `compile_seconds`: of the first compiled step, by case."""
 
     machine: str
     versions: str
@@ -61,19 +61,19 @@ class Results:
 
 
 def autocast(settings: Settings) -> contextlib.AbstractContextManager[Any]:
-    """The precision's context."""
+    """Return the autocast context of a precision."""
     dtype = PRECISIONS[settings.precision]
     return contextlib.nullcontext() if dtype is None else torch.autocast(settings.device, dtype)
 
 
 def wait(settings: Settings) -> None:
-    """Let what was started on the device come to its end."""
+    """Wait until the device has finished."""
     if settings.device == "cuda":
         torch.cuda.synchronize()
 
 
 def stepper(network: nn.Module, lr: Tensor, slope: Tensor, settings: Settings) -> Callable[[], None]:
-    """Forward and backward, as training does it."""
+    """Run forward and backward as in training."""
 
     def step() -> None:
         network.zero_grad(set_to_none=True)
@@ -86,7 +86,7 @@ def stepper(network: nn.Module, lr: Tensor, slope: Tensor, settings: Settings) -
 
 
 def inferrer(network: nn.Module, lr: Tensor, settings: Settings) -> Callable[[], None]:
-    """A whole image, no gradients."""
+    """Run inference on a whole image."""
 
     def infer() -> None:
         with torch.inference_mode(), autocast(settings):
@@ -110,7 +110,7 @@ def plainly(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def compare(ours: nn.Module, rival: nn.Module, lr: Tensor, slope: Tensor) -> None:
-    """Check that both compute the same; ClickException if they do not."""
+    """Raise ClickException unless both networks compute the same."""
     outputs = []
     for network in (ours, rival):
         network.zero_grad(set_to_none=True)
@@ -131,7 +131,7 @@ def compare(ours: nn.Module, rival: nn.Module, lr: Tensor, slope: Tensor) -> Non
 
 
 def measure(name: str, scale: int, settings: Settings, compiled: bool, results: Results) -> None:
-    """Time the step and the inference of one network."""
+    """Time the training step and inference of one network."""
     device = torch.device(settings.device)
     torch.manual_seed(0)
     ours = ShuffleMixer.preset(name, scale).to(device)
@@ -170,7 +170,7 @@ def measure(name: str, scale: int, settings: Settings, compiled: bool, results: 
 
 
 def row(case: str, results: Results) -> list[str]:
-    """A case's medians in milliseconds, and how many times as fast as the rival ours is."""
+    """Return a table row: medians in milliseconds, and the speed-up over the rival."""
     seconds = results.seconds[case]
 
     def milliseconds(way: str) -> str:
@@ -186,7 +186,7 @@ def row(case: str, results: Results) -> list[str]:
 
 
 def read(results: Results, out: Path) -> None:
-    """Take over the cases of an earlier run, where everything else was the same: a long run may be done in pieces."""
+    """Merge the cases of an earlier run with the same setup, so that a long run can be split."""
     path = out / "step.json"
     if path.exists():
         earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -196,7 +196,7 @@ def read(results: Results, out: Path) -> None:
 
 
 def write(results: Results, out: Path) -> str:
-    """Write step.json and step.md, and the README's table where these are the repository's results; return it."""
+    """Write step.json and step.md, and the README's table if these are the repository's results; return the table."""
     out.mkdir(parents=True, exist_ok=True)
     head = ["case", *(f"{way}, ms" for way in (OURS, PLAIN, COMPILED, RIVAL)), "×", "× plain", "× compiled"]
     lines = table([*head, "compiling, s"], [row(case, results) for case in sorted(results.seconds, reverse=True)])
@@ -213,7 +213,7 @@ def write(results: Results, out: Path) -> str:
 
 
 def peak_memory(batch: int, micro: int, precision: str, checkpointing: bool, patch: int) -> float:
-    """GiB that a step of base ×4 on CUDA takes at its peak, weights and gradients included."""
+    """Return the peak GiB of a step of base ×4 on CUDA, including weights and gradients."""
     settings = Settings("cuda", precision, batch, patch, 1, 1)
     network = ShuffleMixer.preset("base", 4).to("cuda")
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -229,7 +229,7 @@ def peak_memory(batch: int, micro: int, precision: str, checkpointing: bool, pat
 
 
 def memory_table(patch: int, batch: int = 64, micro: int = 16) -> str:
-    """Peak memory of base ×4 under the options that lessen it."""
+    """Return the table of peak memory of base ×4 with the options that reduce it."""
     options = {
         "plain": (batch, "fp32", False),
         "bf16": (batch, "bf16", False),
@@ -251,12 +251,17 @@ def memory_table(patch: int, batch: int = 64, micro: int = 16) -> str:
 @click.option("--scale", "scales", default=[2, 4], multiple=True, type=click.Choice([2, 3, 4]), show_default=True)
 @click.option("--precision", default="fp32", type=click.Choice(list(PRECISIONS)), show_default=True)
 @click.option("--rounds", "count", default=7, show_default=True)
-@click.option("--threads", type=int, help="Of torch.  [default: torch's own choice]")
+@click.option("--threads", type=int, help="Threads of torch.  [default: torch's own choice]")
 @click.option("--batch", default=16, show_default=True)
-@click.option("--patch", default=64, show_default=True, help="Side of the LR patches.")
-@click.option("--compiled/--no-compiled", default=False, show_default=True, help="Measure torch.compile too: minutes.")
-@click.option("--memory", is_flag=True, help="Peak memory of base ×4 at batch 64 instead; needs CUDA.")
-@click.option("--out", default=HERE / "results", type=click.Path(path_type=Path), help="Folder of the results.")
+@click.option("--patch", default=64, show_default=True, help="Side of the LR patches in pixels.")
+@click.option(
+    "--compiled/--no-compiled",
+    default=False,
+    show_default=True,
+    help="Also measure torch.compile, which takes minutes.",
+)
+@click.option("--memory", is_flag=True, help="Measure the peak memory of base ×4 at batch 64 instead; needs CUDA.")
+@click.option("--out", default=HERE / "results", type=click.Path(path_type=Path), help="Folder for the results.")
 def main(
     device: str,
     model: str,
@@ -270,14 +275,14 @@ def main(
     memory: bool,
     out: Path,
 ) -> None:
-    """Time the step and the inference."""
+    """Time training steps and inference."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("--device cuda: there is no CUDA device")
     if memory:
         if device != "cuda":
-            raise click.UsageError("--memory measures CUDA's memory, and there is no such device in use")
+            raise click.UsageError("--memory measures CUDA memory: expected --device cuda")
         print(f"{torch.cuda.get_device_name()}; {versions()}\n\n{memory_table(patch)}")
         return
     if threads is not None:

@@ -1,10 +1,10 @@
-"""Which tile size: rates and bytes of crops of 64 / 256 (×4) and 64 / 128 (×2) out of shards with tiles of many sizes.
+"""Choosing tile sizes: rates and bytes of crops of 64 / 256 (×4) and 64 / 128 (×2), for several tile sizes.
 
 python benchmarks/bench_tiles.py --images DIR --mosaics 32 --work WORK
 
-Warm: the gather alone, one thread, without transforms, as a share of what tiles of 64 (LR 32) give in the same round.
-Cold: PatchLoader after the page cache forgot the shards. Bytes: whole pages touched by crops, over bytes needed.
-Advised: ranges of pages asked for by page advice; reads: positional reads; both per patch.
+Warm: the gather alone, one thread, no transforms, as a ratio to tiles of 64 (LR 32) in the same round. Cold:
+PatchLoader after dropping the shards from the page cache. Bytes: whole pages touched by crops ÷ bytes needed. Advised:
+page ranges requested by page advice; reads: positional reads; both per patch.
 """
 
 import statistics
@@ -37,8 +37,10 @@ BATCH, PATCH, WARM_BATCHES, COLD_BATCHES = 64, 64, 10, 6
 
 @click.command()
 @click.option("--images", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--mosaics", type=int, help="Make this many 2040 × 1356 images of those in the folder.")
-@click.option("--work", type=click.Path(path_type=Path), help="Keep images and shards here.  [default: removed]")
+@click.option("--mosaics", type=int, help="Assemble this many 2040 × 1356 images from those in the folder.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Folder for images and shards, kept.  [default: a temporary folder]"
+)
 @click.option("--rounds", "count", default=7, show_default=True)
 def main(images: Path, mosaics: int | None, work: Path | None, count: int) -> None:
     """Compare tile sizes."""
@@ -57,7 +59,7 @@ def main(images: Path, mosaics: int | None, work: Path | None, count: int) -> No
 
 
 def build(images: Path, work: Path, hr_tile: int, lr_tile: int) -> Path:
-    """A dataset at ×2 and ×4 with these tiles, built unless it is there."""
+    """Return a dataset at ×2 and ×4 with these tile sizes, built if it does not exist."""
     folder = work / f"tiles-{hr_tile}-{lr_tile}"
     if not (folder / fmt.INDEX).exists():
         files = find_images([images])
@@ -73,7 +75,7 @@ def build(images: Path, work: Path, hr_tile: int, lr_tile: int) -> Path:
 
 
 def measure(folders: dict[tuple[int, int], Path], scale: int, count: int) -> list[list[str]]:
-    """A row of the table for each tile size."""
+    """Return a table row for each tile size."""
     sets = {tiles: PatchDataset(folder, scale, PATCH, augment=False) for tiles, folder in folders.items()}
     times = rounds({str(tiles): gather_work(data) for tiles, data in sets.items()}, count)
     cold: dict[tuple[int, int], list[float]] = {tiles: [] for tiles in sets}
@@ -117,7 +119,7 @@ def take(batches: Iterator[object]) -> None:
 
 
 def gather_work(data: PatchDataset) -> Callable[[], None]:
-    """Gather some batches of both planes into kept memory."""
+    """Gather some batches of both planes into reused buffers."""
     patch = PatchSize(data.scale, PATCH)
     out = {side: torch.empty(BATCH, side, side, 3, dtype=torch.uint8).numpy() for side in (patch.lr, patch.hr)}
     crops = [patch.in_planes(data.plan.crops(0, np.arange(BATCH) + BATCH * step)) for step in range(WARM_BATCHES)]

@@ -1,9 +1,9 @@
-"""`prep verify` against its limit: reading the files with cat, and computing the checksums, one after the other.
+"""`prep verify` compared with its limit: reading the files with cat, then computing the checksums.
 
-python benchmarks/bench_verify.py [DATASET]     # without one: mosaics of scikit-image's photographs at ×2 and ×4
+python benchmarks/bench_verify.py [DATASET]     # default: mosaics of scikit-image's photographs at ×2 and ×4
 
-All files are in the page cache. Each round times each work once; ratios are within rounds, and medians over them. The
-checksums alone are taken of one block that stays in the processor's cache, as many bytes as the dataset has.
+All files are in the page cache. Each round times each task once; ratios are medians over rounds. The checksums alone
+are computed over one block in the processor's cache, for as many bytes as the dataset has.
 """
 
 import os
@@ -35,7 +35,7 @@ from prep.verify.verify import check_shards
 
 @click.command()
 @click.argument("dataset", required=False, type=click.Path(exists=True, path_type=Path))
-@click.option("--mosaics", default=48, show_default=True, help="Images of 2040 × 1356, where no dataset is named.")
+@click.option("--mosaics", default=48, show_default=True, help="Images of 2040 × 1356, if no dataset is given.")
 @click.option("--rounds", "count", default=9, show_default=True)
 def main(dataset: Path | None, mosaics: int, count: int) -> None:
     """Time the verification of a DATASET."""
@@ -44,7 +44,7 @@ def main(dataset: Path | None, mosaics: int, count: int) -> None:
 
 
 def make_dataset(folder: Path, mosaics: int) -> Path:
-    """A dataset of mosaics of the photographs that scikit-image carries."""
+    """Build a dataset of mosaics of scikit-image's photographs."""
     (folder / "photographs").mkdir()
     for path in sample_photographs():
         (folder / "photographs" / path.name).symlink_to(path)
@@ -80,7 +80,7 @@ def measure(folder: Path, count: int) -> None:
 
 
 def ratios(times: dict[str, list[float]], work: str, workers: int) -> list[str]:
-    """How fast the verification is, by its parts done one after the other; nothing for other works."""
+    """Return the speed of verification relative to its parts run one after the other; blanks for other tasks."""
     if work != "verify":
         return ["", ""]
     cats, shas, crcs, whole = (times[f"{part}, {workers}"] for part in ("cat", "sha256", "crc32", "verify"))
@@ -90,14 +90,14 @@ def ratios(times: dict[str, list[float]], work: str, workers: int) -> list[str]:
 
 
 def cat(files: list[Path], processes: int) -> None:
-    """Read the files, by so many processes."""
+    """Read the files in several processes."""
     parts = [files[k::processes] for k in range(processes)]
     running = [subprocess.Popen(["cat", *map(str, part)], stdout=subprocess.DEVNULL) for part in parts if part]
     assert {process.wait() for process in running} == {0}
 
 
 def checksum(function: Callable[[bytes], object], size: int, threads: int) -> None:
-    """A checksum of so many bytes, by so many threads."""
+    """Compute a checksum over a number of bytes, in several threads."""
     block = bytes(BLOCK)
 
     def work() -> None:
@@ -110,7 +110,7 @@ def checksum(function: Callable[[bytes], object], size: int, threads: int) -> No
 
 
 def verify(folder: Path, index: Index, workers: int) -> None:
-    """What `prep verify` does."""
+    """Verify as `prep verify` does."""
     assert not check_shards(folder, index, range(len(index.shards)), workers, False, lambda done: None)
 
 

@@ -1,4 +1,4 @@
-"""Bar charts: patches per second on a logarithmic scale, a panel for each scale, ours highlighted."""
+"""Bar charts: patches per second on a logarithmic axis, one panel per scale, ours highlighted."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Measuring in processes of their own: a way's threads, mappings and counters are then nobody else's."""
+"""Measuring in separate processes, so that each way has its own threads, memory maps and counters."""
 
 import functools
 import importlib
@@ -16,13 +16,13 @@ from reading import Start, Way
 from storage import bytes_read
 from ways import MODES
 
-PATIENCE = 600  # seconds that a process may take to answer
+PATIENCE = 600  # seconds to wait for an answer
 HEAVY = ["torch", "loader.batches", "prep.build.build", "cv2", "h5py", "lmdb", "zarr", "tensorstore"]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one way did in one round: samples, seconds; bytes read from the storage, and requests, where they count."""
+    """What one way did in one round: samples, seconds, and, if counted, bytes read from storage and requests."""
 
     samples: int
     seconds: float
@@ -38,9 +38,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Order:
-    """Read with the way of that name for so many seconds, or so many samples (0: any number).
+    """A request to read with the way of that name, for so many seconds or samples (0: any number).
 
-    endless: go over the samples again and again, otherwise once.
+    endless: repeat the samples, instead of reading each once.
     """
 
     way: str
@@ -50,13 +50,13 @@ class Order:
 
 
 class Child:
-    """A process that is ready to read in one or several ways."""
+    """A process that can read in one or several ways."""
 
     def __init__(self, mode: str, names: list[str], task: Task, environment: Mapping[str, str]) -> None:
         ours, theirs = multiprocessing.Pipe()
         self._connection = ours
         context: ForkServerContext | SpawnContext = _fork_server()
-        if environment:  # read when modules are imported: only a process that starts from nothing sees it
+        if environment:  # modules read it at import: only a spawned process sees it
             context = multiprocessing.get_context("spawn")
         before = {key: os.environ.get(key) for key in environment}
         os.environ.update(environment)
@@ -72,14 +72,14 @@ class Child:
         self._answer()
 
     def read(self, order: Order) -> Reading:
-        """Have one way read."""
+        """Make one way read; return its reading."""
         self._connection.send(order)
         reading = self._answer()
         assert isinstance(reading, Reading)
         return reading
 
     def close(self) -> None:
-        """End the process; its files are closed then."""
+        """End the process, which closes its files."""
         self._connection.close()
         self._process.join(30)
         if self._process.is_alive():
@@ -88,17 +88,17 @@ class Child:
 
     def _answer(self) -> object:
         if not self._connection.poll(PATIENCE):
-            raise TimeoutError(f"a process that measures: expected an answer within {PATIENCE} s, got none")
+            raise TimeoutError(f"measuring process: expected an answer within {PATIENCE} s, got none")
         try:
             return self._connection.recv()
         except EOFError:
             self._process.join()
-            raise RuntimeError(f"a process that measures: ended with code {self._process.exitcode}") from None
+            raise RuntimeError(f"measuring process: ended with code {self._process.exitcode}") from None
 
 
 @contextmanager
 def child(mode: str, ways: list[Way], task: Task) -> Iterator[Child]:
-    """A process for ways of one mode, until the end of the block."""
+    """Run a process for ways of one mode during the block."""
     process = Child(mode, [way.name for way in ways], task, dict(ways[0].environment))
     try:
         yield process
@@ -108,7 +108,7 @@ def child(mode: str, ways: list[Way], task: Task) -> Iterator[Child]:
 
 @functools.cache
 def _fork_server() -> ForkServerContext:
-    """Processes forked from one that has imported everything and done nothing else."""
+    """Return a context that forks processes from one that has imported everything, and done nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([name for name in HEAVY if importlib.util.find_spec(name)])
     return context

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in a line, large images made of small ones, rounds of fair timing."""
+"""Shared by the benchmarks: a description of the machine, mosaics of photographs, timing in rounds."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ Pixels = NDArray[np.uint8]
 
 
 def machine() -> str:
-    """The processor, its cores, memory and the system, in a line."""
+    """Return processor, cores, memory and system as one line."""
     model = platform.processor() or platform.machine()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cpuinfo = Path("/proc/cpuinfo")
@@ -33,7 +33,7 @@ def machine() -> str:
 
 
 def versions() -> str:
-    """Python and the libraries that read, as far as they are installed."""
+    """Return the versions of Python and of the installed reading libraries."""
     names = ("numpy", "torch", "opencv-python-headless", "h5py", "lmdb", "zarr", "tensorstore", "ffcv")
     found = [f"Python {platform.python_version()}"]
     for name in names:
@@ -43,7 +43,7 @@ def versions() -> str:
 
 
 def mosaic(photographs: list[Pixels], height: int, width: int, seed: int) -> Pixels:
-    """An image (height, width, 3) of photographs side by side, in an order drawn from the seed."""
+    """Return a mosaic (height, width, 3) of photographs, in an order drawn from the seed."""
     rng = np.random.default_rng(seed)
     out = np.empty((height, width, 3), np.uint8)
     top = 0
@@ -59,7 +59,7 @@ def mosaic(photographs: list[Pixels], height: int, width: int, seed: int) -> Pix
 
 
 def make_mosaics(source: Path, out: Path, count: int, height: int = 1356, width: int = 2040) -> None:
-    """Write `count` images of DIV2K's size as PNG, made of the photographs in a folder; those there are kept."""
+    """Write `count` mosaics of DIV2K's size as PNG, from the photographs in a folder; keep existing ones."""
     photographs = [read_image(file.path) for file in find_images([source])]
     out.mkdir(parents=True, exist_ok=True)
     for number in range(count):
@@ -69,14 +69,14 @@ def make_mosaics(source: Path, out: Path, count: int, height: int = 1356, width:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """Return the seconds of one call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def rounds(works: Mapping[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
-    """Seconds of each work in each of `count` rounds; all run in each round, since machines speed up and slow down."""
+    """Return the seconds of each task in `count` rounds, each running all tasks, since machines vary in speed."""
     for work in works.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -87,12 +87,12 @@ def rounds(works: Mapping[str, Callable[[], object]], count: int) -> dict[str, l
 
 
 def median_ratio(above: list[float], below: list[float]) -> float:
-    """The median over rounds of a / b."""
+    """Return the median over rounds of a / b."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, its columns aligned."""
+    """Return a Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
     lines.insert(1, " | ".join("-" * width for width in widths))

@@ -1,4 +1,4 @@
-"""Which crops are read, out of what: the same list for every way of reading."""
+"""The crops to read, and the dataset they come from: the same for every way."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What to read: crops of `lr_patch` LR pixels at a scale, the samples of these numbers, in batches.
+    """What to read: crops of `lr_patch` LR pixels at a scale, for these sample numbers, in batches.
 
-    folder: holds the dataset as `shards`, and what the rivals read beside it. cores: those to run on; None: all.
-    in_flight: requests that ways with a setting for it keep in flight; 0: their default.
+    folder: contains the dataset as `shards`, and the rivals' files. cores: those to run on; None: all. in_flight:
+    concurrent requests, for ways that can set it; 0: their default.
     """
 
     folder: Path
@@ -33,20 +33,20 @@ class Task:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Sides of the LR and the HR crop in pixels."""
+        """Sides of the LR and HR crops in pixels."""
         return self.lr_patch, self.lr_patch * self.scale
 
     def dataset(self, augment: bool = False) -> PatchDataset:
-        """The dataset; its sample k is that of number `numbers[k]` of the plan."""
+        """The dataset, whose sample k is sample `numbers[k]` of the plan."""
         return PickedDataset(self, augment)
 
     def crops(self) -> Crops:
-        """Where the samples come from."""
+        """Positions of the samples."""
         return self.dataset().plan.crops(0, np.arange(len(self.numbers)))
 
 
 class Picked(Plan):
-    """A plan of which only some samples are drawn: sample k is sample numbers[k] of the whole plan."""
+    """A selection from a plan: sample k is sample numbers[k] of the whole plan."""
 
     def __init__(
         self, height: ArrayLike, width: ArrayLike, patch: int, seed: int, augment: bool, numbers: Ints
@@ -60,7 +60,7 @@ class Picked(Plan):
 
 
 class PickedDataset(PatchDataset):
-    """A dataset over such a plan. Benchmarks draw the same crops again and again."""
+    """A dataset over such a plan; benchmarks draw the same crops repeatedly."""
 
     def __init__(self, task: Task, augment: bool) -> None:
         count, self.numbers = len(task.numbers), task.numbers
@@ -70,7 +70,7 @@ class PickedDataset(PatchDataset):
 
     @property
     def plan(self) -> Plan:
-        """The plan, in which the samples are numbered anew."""
+        """The selection from the plan."""
         if self._plan is None:
             sizes = self.shards.index.sizes(self.scale)
             self._plan = Picked(*sizes, self.lr_patch, self.seed, self.augment, self.numbers)
@@ -78,15 +78,15 @@ class PickedDataset(PatchDataset):
 
 
 def touched(data: PatchDataset, crops: Crops) -> Ranges:
-    """The bytes that crops touch in both planes, in whole pages, a range for each row of tiles."""
+    """Return the byte ranges that crops touch in both planes, in whole pages, one for each row of tiles."""
     return pages(footprint(data.shards.index, PatchSize(data.scale, data.lr_patch).in_planes(crops)))
 
 
 def disjoint(data: PatchDataset, most: int) -> Ints:
-    """Numbers of up to `most` samples, no two of which touch the same page; first those that are the first in an image.
+    """Return up to `most` sample numbers that share no pages; those that are the first in an image come first.
 
-    Where the kernel reads ahead, one crop leaves half its image in the page cache: only crops of images not yet
-    visited then tell what a dataset larger than memory costs. There are `images_in` such samples.
+    If the system reads ahead, one crop brings half its image into the page cache. Only crops of images not visited
+    before then show what a dataset larger than memory costs. There are `images_in` such samples.
     """
     used = [np.zeros(-(-shard.bytes // PAGE), bool) for shard in data.shards.index.shards]
     picked: list[int] = []
@@ -107,7 +107,7 @@ def disjoint(data: PatchDataset, most: int) -> Ints:
 
 
 def spans_of(data: PatchDataset, crops: Crops, pages_of: list[NDArray[np.bool_]]) -> list[list[NDArray[np.bool_]]]:
-    """For each crop the parts that it touches of arrays with an entry for each page of each shard."""
+    """Yield for each crop the slices that it touches of the shards' page flags."""
     spans: list[list[NDArray[np.bool_]]] = [[] for _ in crops.image]
     index = data.shards.index
     for plane in PatchSize(data.scale, data.lr_patch).in_planes(crops):
@@ -118,5 +118,5 @@ def spans_of(data: PatchDataset, crops: Crops, pages_of: list[NDArray[np.bool_]]
 
 
 def images_in(task: Task) -> int:
-    """How many images the samples come from."""
+    """Return the number of images that the samples come from."""
     return len(np.unique(task.crops().image))

@@ -1,4 +1,4 @@
-"""Warm, cold and slow: what is done to files before a way reads them, and the rounds in which all take their turn."""
+"""The modes warm, cold and slow: preparing files before a way reads them, and rounds in which all ways take turns."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ IN_FLIGHT = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: rounds, seconds for each way in each, samples for cold and slow storage, and the slow mount."""
+    """How to measure: rounds, seconds per way and round, samples for cold and slow storage, and the slow mount."""
 
     rounds: int
     seconds: float
@@ -45,12 +45,12 @@ class Settings:
     in_flight: int
 
     def task(self, folder: Path, scale: int, numbers: Ints, cores: tuple[int, ...] | None = None) -> Task:
-        """The crops to read at one scale."""
+        """Return the crops to read at one scale."""
         return Task(folder, scale, self.lr_patch, self.batch_size, numbers, cores)
 
 
 def warm(ways: list[Way], work: Path, scale: int, settings: Settings, say: Callable[[str], None]) -> Rounds:
-    """All files in the page cache; one core for each way, but for those that say otherwise."""
+    """Measure with all files in the page cache, on one core, except for ways that use all cores."""
     core = (max(os.sched_getaffinity(0)),)
     for folder in sorted({way.folder for way in ways}):
         remember(files_in(work / folder))
@@ -63,7 +63,7 @@ def warm(ways: list[Way], work: Path, scale: int, settings: Settings, say: Calla
             its_task = replace(task, cores=None) if some[0].all_cores else task
             children[key] = stack.enter_context(child("warm", some, its_task))
         say("warming up")
-        for way in ways:  # maps every page, compiles what is compiled at first use
+        for way in ways:  # maps every page, and compiles code compiled at first use
             children[way.process or way.name].read(Order(way.name, 2.0, endless=False))
         for number in range(settings.rounds):
             say(f"round {number + 1} of {settings.rounds}")
@@ -74,9 +74,9 @@ def warm(ways: list[Way], work: Path, scale: int, settings: Settings, say: Calla
 
 
 def cold(ways: list[Way], work: Path, scale: int, settings: Settings, say: Callable[[str], None]) -> Rounds:
-    """Nothing in the page cache, and a new process for each way and round; crops share no pages.
+    """Measure with an empty page cache and a new process for each way and round; crops share no pages.
 
-    PatchLoader reads all samples, so that what it asked for is delivered; other ways visit each image once at most.
+    PatchLoader reads all samples, so that everything requested is used; other ways visit each image at most once.
     """
     task = pick(work, scale, settings)
     say(f"{len(task.numbers)} crops that share no pages")
@@ -90,17 +90,17 @@ def cold(ways: list[Way], work: Path, scale: int, settings: Settings, say: Calla
             files_of_way = files_in(work / way.folder)
             forget(files_of_way)
             with child("cold", [way], task) as process:
-                forget(files_of_way)  # once more: what opening has read
+                forget(files_of_way)  # again, for pages read when opening
                 done[way.name].append(process.read(order_of(way, task, settings)))
             if fio and way.name == LOADER_AUTO.name:
-                # Right after ours, and once more: disks that save up for bursts give it the better of the two.
+                # Right after ours, and again: disks with burst credits are judged by the better of the two.
                 seconds = min(fio_seconds(work / "shards", files, requests, IN_FLIGHT) for _ in range(2))
                 done[LIMIT].append(Reading(len(task.numbers), seconds, 0, requests.bytes, len(requests)))
     return done
 
 
 def slow(ways: list[Way], work: Path, scale: int, settings: Settings, say: Callable[[str], None]) -> Rounds:
-    """Files behind a mount that delays each request, mounted anew for each way and round."""
+    """Measure on a mount that delays each request, mounted anew for each way and round."""
     task = pick(work, scale, settings)
     done: Rounds = {way.name: [] for way in ways}
     for number in range(settings.rounds):
@@ -120,13 +120,13 @@ def slow(ways: list[Way], work: Path, scale: int, settings: Settings, say: Calla
 
 
 def pick(work: Path, scale: int, settings: Settings) -> Task:
-    """Crops that share no pages, as many as asked for or as there are."""
+    """Return crops that share no pages, as many as requested or available."""
     every = settings.task(work, scale, np.arange(1))
     return replace(every, numbers=disjoint(every.dataset(), settings.samples), in_flight=IN_FLIGHT)
 
 
 def asked(data: PatchDataset, batch_size: int) -> Ranges:
-    """The requests that PatchLoader makes on a local disk, in its order: batch by batch, neighbours made one."""
+    """Return the requests that PatchLoader makes on a local disk, in its order: by batch, adjacent ones merged."""
     limit = advice_limit(data.shards.folder)
     batches = []
     for first in range(0, len(data), batch_size):
@@ -136,7 +136,7 @@ def asked(data: PatchDataset, batch_size: int) -> Ranges:
 
 
 def order_of(way: Way, task: Task, settings: Settings) -> Order:
-    """All samples for PatchLoader, which reads ahead; other ways visit each image once, while their time lasts."""
+    """Return the order to read: all samples for PatchLoader, which reads ahead; each image once for other ways."""
     if way.name.startswith(LOADER_AUTO.name):
         return Order(way.name, float("inf"), endless=False)
     return Order(way.name, settings.seconds, endless=False, most=images_in(task))

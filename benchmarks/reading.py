@@ -1,6 +1,6 @@
-"""What a way of reading is: a generator of batches, and the means to make one of a function that copies a crop.
+"""Ways of reading: generators of batches, and how to make one from a function that copies a crop.
 
-Every way fills batch buffers that it keeps: for a rival that is one copy fewer than training with it would take.
+Every way fills reused batch buffers, which saves rivals one copy that training would need.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,10 +26,10 @@ ReadBatch = Callable[[range, Pixels, Pixels], object]  # samples, buffers to fil
 class Way:
     """A way of reading crops.
 
-    name: in tables. folder: what it reads, within the work folder. open: gets ready. how: its set-up, for the report.
-    prepare: writes the folder, given the dataset as images of each scale; None where it reads the shards themselves.
-    all_cores: it runs on all cores where the others run on one. process: ways of the same one take turns in one
-    process, on the same buffers. environment: of that process, besides what this one has.
+    name: for tables. folder: its data, within the work folder. open: opens the data. how: its setup, for the report.
+    prepare: writes the folder from the dataset's images; None if it reads the shards. all_cores: it runs on all cores,
+    others on one. process: ways with the same value take turns in one process, with the same buffers. environment:
+    additional environment variables of that process.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Way:
 
 @cache
 def buffers(count: int, lr: int, hr: int) -> tuple[Pixels, Pixels]:
-    """Memory for a batch, LR and HR, the same at each call; it starts on a cache line, as PatchLoader's does."""
+    """Return reused buffers for a batch, LR and HR, aligned to cache lines like PatchLoader's."""
     return aligned((count, lr, lr, 3)), aligned((count, hr, hr, 3))
 
 
 def by_batch(task: Task, read: ReadBatch, step: int = 0) -> Start:
-    """A way that reads `step` samples at a time (0: a batch), going on where it was when it is started again."""
+    """Return a way that reads `step` samples at a time (0: a batch), and continues there when restarted."""
     step = step or task.batch_size
     lr, hr = buffers(task.batch_size, *task.sides)
     place = 0
@@ -68,7 +68,7 @@ def by_batch(task: Task, read: ReadBatch, step: int = 0) -> Start:
 
 
 def by_crop(task: Task, copy: CopyCrop, step: int = 0, threads: int = 1) -> Start:
-    """A way that copies crop after crop, or as many at a time as there are threads."""
+    """Return a way that copies crops one by one, or on several threads."""
     crops = task.crops()
     places = list(zip(crops.image.tolist(), crops.top.tolist(), crops.left.tolist(), strict=True))
 
@@ -88,7 +88,7 @@ def by_crop(task: Task, copy: CopyCrop, step: int = 0, threads: int = 1) -> Star
 
 
 def slices(task: Task, lr: list[Pixels], hr: list[Pixels]) -> CopyCrop:
-    """Copies crops out of anything that gives arrays when it is sliced, one of each plane for each image."""
+    """Copies crops from sliceable arrays, one per image and plane."""
     (patch, side), scale = task.sides, task.scale
 
     def copy(image: int, top: int, left: int, to_lr: Pixels, to_hr: Pixels) -> None:
@@ -100,7 +100,7 @@ def slices(task: Task, lr: list[Pixels], hr: list[Pixels]) -> CopyCrop:
 
 
 def image_pixels(images: dict[int, ImageDataset], scale: int, number: int) -> Pixels:
-    """One image (h, w, 3) of the plane of a scale (1: HR), as in the shards; HR is what LR of ×2 and ×4 covers."""
+    """Return an image (h, w, 3) of a plane (1: HR) from the shards; HR is cropped to the part covered by LR."""
     pair = images[max(images) if scale == 1 else scale][number]
     pixels: Pixels = pair[1 if scale == 1 else 0].permute(1, 2, 0).numpy()
     return pixels

@@ -1,6 +1,6 @@
-"""Tables and charts of what was measured, and the table of targets.
+"""Tables and charts of the results, and the table of targets.
 
-python benchmarks/report.py [--out DIR]     # again, from the raw figures; the chart of the main README too
+python benchmarks/report.py [--out DIR]     # rewrites them from the raw figures, with the chart of the main README
 """
 
 import re
@@ -32,7 +32,7 @@ def write_all(results: Results, out: Path) -> str:
 
 
 def write_tables(results: Results, out: Path) -> str:
-    """Write what follows from the raw figures; the README's tables too, where they are the repository's results."""
+    """Write everything derived from the raw figures, and README's tables if these are the repository's results."""
     tables = "\n\n".join(mode_table(results, scale) for scale in results.rounds)
     targets = write_targets(out)
     name, settings = results.mode, results.settings
@@ -48,7 +48,7 @@ def write_tables(results: Results, out: Path) -> str:
 
 
 def write_targets(out: Path) -> str:
-    """Write targets.md from all results there are, and the README's table; return the table."""
+    """Write targets.md from all results, and README's table; return the table."""
     targets = targets_table(out)
     (out / "targets.md").write_text(f"{targets}\n", encoding="utf-8")
     fill_readme(out, "targets", targets)
@@ -56,7 +56,7 @@ def write_targets(out: Path) -> str:
 
 
 def mode_table(results: Results, scale: int) -> str:
-    """The table of one mode and scale, as Markdown."""
+    """Return the table of one mode and scale as Markdown."""
     rows = [[way, *(cell(way) for _, cell in columns(results, scale))] for way in results.by_speed(scale)]
     patch = results.settings["lr_patch"]
     size = f"LR {patch} × {patch}, HR {patch * scale} × {patch * scale}"
@@ -64,7 +64,7 @@ def mode_table(results: Results, scale: int) -> str:
 
 
 def columns(results: Results, scale: int) -> list[Column]:
-    """What is told of each way in a mode."""
+    """Return the columns of a mode."""
 
     def ratio(below: str, digits: str) -> Callable[[str], str]:
         def cell(way: str) -> str:
@@ -88,7 +88,7 @@ def columns(results: Results, scale: int) -> list[Column]:
 
 
 def fill_readme(out: Path, name: str, text: str) -> None:
-    """Replace what stands between two marks in the README, where these are the repository's own results."""
+    """Replace the text between two marks in README, if these are the repository's own results."""
     if not is_repository(out):
         return
     before = README.read_text(encoding="utf-8")
@@ -102,9 +102,9 @@ def is_repository(out: Path) -> bool:
 
 
 @click.command()
-@click.option("--out", default=HERE / "results", type=click.Path(path_type=Path), help="Folder of the results.")
+@click.option("--out", default=HERE / "results", type=click.Path(path_type=Path), help="Folder for the results.")
 def main(out: Path) -> None:
-    """Write all tables and charts again."""
+    """Rewrite all tables and charts."""
     modes = {mode: results for mode in MODES if (results := load(out, mode)).rounds}
     for results in modes.values():
         print(write_tables(results, out))

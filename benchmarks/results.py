@@ -1,4 +1,4 @@
-"""Results of one mode as figures: medians over rounds, ratios within rounds, kept as JSON."""
+"""The figures of one mode: medians over rounds, ratios within rounds, stored as JSON."""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ from modes import Rounds
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured in one mode, by scale; `how` says of each way how it was set up."""
+    """The results of one mode, by scale; `how` describes the setup of each way."""
 
     mode: str
     machine: str
@@ -28,32 +28,32 @@ class Results:
         return statistics.median(reading.rate for reading in self.rounds[scale][way])
 
     def ratio(self, scale: int, above: str, below: str) -> float | None:
-        """How many times as fast one way is as another; None where one was not measured."""
+        """Return the speed-up of one way over another; None if one was not measured."""
         ways = self.rounds.get(scale, {})
         if above not in ways or below not in ways:
             return None
         return statistics.median(a.rate / b.rate for a, b in zip(ways[above], ways[below], strict=True))
 
     def read_ratio(self, scale: int, way: str) -> float:
-        """Bytes read from the storage by bytes of the patches."""
+        """Return bytes read from storage ÷ bytes of the patches."""
         patch = self.settings["lr_patch"] ** 2 * (1 + scale**2) * 3
         return self._median(scale, way, lambda reading: reading.bytes_read / (reading.samples * patch))
 
     def requests(self, scale: int, way: str) -> float:
-        """Requests to the storage for each patch."""
+        """Return storage requests per patch."""
         return self._median(scale, way, lambda reading: reading.requests / reading.samples)
 
     def busy(self, scale: int, way: str) -> float:
-        """Cores that it kept busy."""
+        """Return how many cores a way kept busy."""
         return self._median(scale, way, lambda reading: reading.cpu_seconds / reading.seconds)
 
     def over_latency(self, scale: int, way: str) -> float:
-        """Its time by requests × delay ÷ requests in flight."""
+        """Return its time ÷ (requests × delay ÷ requests in flight)."""
         delay = self.settings["delay_ms"] / 1e3 / self.settings["in_flight"]
         return self._median(scale, way, lambda reading: reading.seconds / (reading.requests * delay))
 
     def by_speed(self, scale: int) -> list[str]:
-        """The ways, the fastest first."""
+        """Return the ways, fastest first."""
         return sorted(self.rounds[scale], key=lambda way: -self.rate(scale, way))
 
     def _median(self, scale: int, way: str, value: Callable[[Reading], float]) -> float:
@@ -61,7 +61,7 @@ class Results:
 
 
 def save(results: Results, folder: Path) -> None:
-    """Write MODE.json, a line for each way."""
+    """Write MODE.json, one line per way."""
     parts = {key: value for key, value in vars(results).items() if key != "rounds"}
     lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)},\n" for key, value in parts.items()]
     scales = []
@@ -73,12 +73,12 @@ def save(results: Results, folder: Path) -> None:
 
 
 def compact(reading: Reading) -> dict[str, float]:
-    """What is not zero, with as many digits as mean something."""
+    """Return the non-zero figures, rounded to significant digits."""
     return {key: round(value, 5) for key, value in asdict(reading).items() if value}
 
 
 def load(folder: Path, mode: str) -> Results:
-    """Read MODE.json; where there is none, the results have no rounds."""
+    """Read MODE.json; without one, return results without rounds."""
     path = folder / f"{mode}.json"
     if not path.exists():
         return Results(mode, "", "", 0, {}, {}, {})

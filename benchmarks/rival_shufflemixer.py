@@ -1,7 +1,7 @@
-"""The rival of the training step: ShuffleMixer in the published style, by the names of the published weights.
+"""The rival for training steps: ShuffleMixer in the style of the published code, with the published parameter names.
 
-NCHW throughout, as the published code runs it; the norm moves the channels last and back again, the shuffle
-rearranges the whole tensor, and both make the copies that an einops-style rearrangement makes.
+It uses NCHW throughout, like the published code. The norm moves the channels last and back, the shuffle rearranges the
+whole tensor, and both make the copies of an einops-style rearrangement.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from model.config import EXTRA_FEATURES, SHUFFLE_GROUPS, ShuffleMixerConfig
 
 
 class Norm(nn.Module):
-    """Layer norm over channels, by way of (N, H·W, C)."""
+    """Layer norm over channels, in the shape (N, H·W, C)."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Norm(nn.Module):
 
 
 class Mlp(nn.Module):
-    """1x1 convolutions on the first half of the channels, then the shuffle."""
+    """1×1 convolutions on the first half of the channels, then the shuffle."""
 
     def __init__(self, features: int, mlp_ratio: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Mlp(nn.Module):
         self.fc = nn.Sequential(nn.Conv2d(half, hidden, 1), nn.SiLU(inplace=True), nn.Conv2d(hidden, half, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give a tensor of x's shape."""
+        """Return a tensor of x's shape."""
         first, second = x.chunk(2, dim=1)
         joined = torch.cat([self.fc(first), second], dim=1)
         batch, features, height, width = joined.shape
@@ -58,7 +58,7 @@ class Layer(nn.Module):
         self.mlp2 = Mlp(features, mlp_ratio)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give a tensor of x's shape."""
+        """Return a tensor of x's shape."""
         x = self.mlp1(self.norm1(x)) + x
         x = self.spatial(x)
         mixed: Tensor = self.mlp2(self.norm2(x)) + x
@@ -77,14 +77,14 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give a tensor of x's shape."""
+        """Return a tensor of x's shape."""
         x = self.net(x) + x
         fused: Tensor = self.conv(x) + x
         return fused
 
 
 class PublishedStyle(nn.Module):
-    """The network of `config` without any of its switches off."""
+    """The network of `config`, with all its parts."""
 
     def __init__(self, config: ShuffleMixerConfig) -> None:
         super().__init__()

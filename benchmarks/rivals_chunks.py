@@ -1,4 +1,4 @@
-"""Rivals for chunked arrays: h5py on contiguous and on chunked datasets, zarr, and TensorStore."""
+"""Rivals with chunked arrays: h5py on contiguous and chunked datasets, zarr, and TensorStore."""
 
 import importlib
 from pathlib import Path
@@ -13,13 +13,13 @@ from rivals_rows import planes
 from loader import ImageDataset
 from loader.format.layout import HR, plane_group
 
-# Sides of chunks in pixels, the best of 64, 128, 256 and 512 for these crops, in a file each or together in one.
+# Chunk sizes in pixels: the best of 64, 128, 256 and 512 for these crops, with a file per chunk, or one file.
 ZARR_CHUNK = 256
 TENSORSTORE_CHUNK = 128
 
 
 def write_contiguous(images: dict[int, ImageDataset], folder: Path) -> None:
-    """One HDF5 file with a contiguous dataset for each image and plane."""
+    """Write one HDF5 file with a contiguous dataset for each image and plane."""
     with h5py.File(folder / "images.h5", "w", libver="latest") as file:
         for scale in planes(images):
             for number in range(len(images[max(images)])):
@@ -27,7 +27,7 @@ def write_contiguous(images: dict[int, ImageDataset], folder: Path) -> None:
 
 
 def open_contiguous(task: Task) -> Start:
-    """Slices of datasets that are kept open."""
+    """Read slices of open datasets."""
     count = len(task.dataset().shards.index.name)
     file = h5py.File(task.folder / "hdf5" / "images.h5", "r")
     lr, hr = ([file[f"x{scale}/{i}"] for i in range(count)] for scale in (task.scale, 1))
@@ -35,7 +35,7 @@ def open_contiguous(task: Task) -> Start:
 
 
 def open_chunked(task: Task) -> Start:
-    """Slices of the datasets in our own HDF5 shards, which are kept open."""
+    """Read slices of open datasets in our own HDF5 shards."""
     index, folder = task.dataset().shards.index, task.folder / "shards"
     files = [h5py.File(folder / shard.file, "r") for shard in index.shards]
     lr, hr = (
@@ -46,7 +46,7 @@ def open_chunked(task: Task) -> Start:
 
 
 def write_zarr(images: dict[int, ImageDataset], folder: Path, chunk: int = ZARR_CHUNK, sharded: bool = False) -> None:
-    """An array for each image and plane, not compressed; sharded: all its chunks in one file."""
+    """Write an uncompressed array for each image and plane; `sharded`: with all its chunks in one file."""
     zarr: Any = importlib.import_module("zarr")
     for scale in planes(images):
         for number in range(len(images[max(images)])):
@@ -66,7 +66,7 @@ def write_zarr(images: dict[int, ImageDataset], folder: Path, chunk: int = ZARR_
 
 
 def open_zarr(task: Task) -> Start:
-    """Slices of arrays that are kept open."""
+    """Read slices of open arrays."""
     zarr: Any = importlib.import_module("zarr")
     zarr.config.set({"async.concurrency": max(10, task.in_flight)})
     count = len(task.dataset().shards.index.name)
@@ -78,12 +78,12 @@ def open_zarr(task: Task) -> Start:
 
 
 def write_sharded(images: dict[int, ImageDataset], folder: Path) -> None:
-    """The same for TensorStore."""
+    """Write the arrays for TensorStore."""
     write_zarr(images, folder, TENSORSTORE_CHUNK, sharded=True)
 
 
 def open_tensorstore(task: Task) -> Start:
-    """TensorStore on zarr arrays of its own: all reads of a batch are begun before the first is waited for."""
+    """Read zarr arrays with TensorStore, starting all reads of a batch before waiting for the first."""
     ts: Any = importlib.import_module("tensorstore")
     cores = len(task.cores) if task.cores else 0
     limits = {"file_io_concurrency": cores or task.in_flight, "data_copy_concurrency": cores}

@@ -1,4 +1,4 @@
-"""FFCV, where it is installed: raw images, HR crops only, since it cannot crop two images alike."""
+"""FFCV, if installed: raw images, HR crops only, since it cannot crop two images at the same position."""
 
 import importlib
 from collections import deque
@@ -14,7 +14,7 @@ from loader import ImageDataset
 
 
 class Images:
-    """HR images as FFCV's writer asks for them: a tuple for each."""
+    """HR images as FFCV's writer requests them: one tuple each."""
 
     def __init__(self, images: dict[int, ImageDataset]) -> None:
         self._images = images
@@ -27,7 +27,7 @@ class Images:
 
 
 def write_ffcv(images: dict[int, ImageDataset], folder: Path) -> None:
-    """A .beton file of raw HR images."""
+    """Write a .beton file of raw HR images."""
     writer: Any = importlib.import_module("ffcv.writer")
     fields: Any = importlib.import_module("ffcv.fields")
     source = Images(images)
@@ -37,11 +37,11 @@ def write_ffcv(images: dict[int, ImageDataset], folder: Path) -> None:
 
 
 def open_ffcv(task: Task) -> Start:
-    """Its loader over the same images in the same order; where in an image a crop lies it draws for itself."""
+    """Read with FFCV's loader, the same images in the same order; it draws the positions of crops itself."""
     ffcv: Any = importlib.import_module("ffcv.loader")
     decoders: Any = importlib.import_module("ffcv.fields.decoders")
     index, crops, side = task.dataset().shards.index, task.crops(), task.sides[1]
-    # A crop is given as a share of the area, and resized to what it is already.
+    # Crops are specified as a fraction of the area, and resized to the size that they already have.
     share = side * side / int(index.height[0] * index.width[0])
     decoder = decoders.RandomResizedCropRGBImageDecoder((side, side), scale=(share, share), ratio=(1.0, 1.0))
     loader = ffcv.Loader(
@@ -55,7 +55,7 @@ def open_ffcv(task: Task) -> Start:
         drop_last=False,
     )
 
-    # Its code is compiled when it first runs: let it do so now, on one image.
+    # FFCV compiles its code at the first run: trigger that now, on one image.
     order = loader.traversal_order
     every, order.indices = order.indices, np.full(task.batch_size, crops.image[-1], np.uint64)
     deque(loader, maxlen=0)

@@ -1,4 +1,4 @@
-"""Rivals that keep images as rows of pixels, or compressed: PNG files, BasicSR's LMDB, and numpy's memory maps."""
+"""Rivals that store images as rows of pixels, or compressed: PNG files, BasicSR's LMDB, and numpy's memory maps."""
 
 import importlib
 from pathlib import Path
@@ -11,18 +11,18 @@ from reading import Pixels, Start, Way, by_crop, image_pixels, slices
 
 from loader import ImageDataset
 
-PNG_STEP = 4  # PNG takes so long that a batch is read in parts, between which the clock is looked at
-SUB, SUB_STEP = 480, 240  # BasicSR's sub-images of DIV2K: side and step in HR pixels
+PNG_STEP = 4  # samples between checks of the clock: PNG is slow
+SUB, SUB_STEP = 480, 240  # BasicSR's sub-images of DIV2K: size and step in HR pixels
 THREADS = 16
 
 
 def planes(images: dict[int, ImageDataset]) -> list[int]:
-    """HR, which is scale 1, and LR of each scale."""
+    """Return the levels of the planes: 1 for HR, and each scale."""
     return [1, *images]
 
 
 def write_png(images: dict[int, ImageDataset], folder: Path) -> None:
-    """A PNG file for each image and plane, as OpenCV writes it by default."""
+    """Write a PNG file for each image and plane, with OpenCV's defaults."""
     for scale in planes(images):
         (folder / f"x{scale}").mkdir()
         for number in range(len(images[max(images)])):
@@ -42,7 +42,7 @@ def open_png(task: Task, threads: int = 1) -> Start:
 
 
 def decoded(pixels: Any) -> Pixels:
-    """What OpenCV has decoded; it tells of failure by None."""
+    """Return an image decoded by OpenCV, which reports failure as None."""
     if pixels is None:
         raise RuntimeError("expected an image that OpenCV reads, got none")
     array: Pixels = pixels
@@ -50,7 +50,7 @@ def decoded(pixels: Any) -> Pixels:
 
 
 def write_lmdb(images: dict[int, ImageDataset], folder: Path) -> None:
-    """An LMDB for each plane: PNG sub-images by name, PNG compression 1, as BasicSR's scripts make them."""
+    """Write an LMDB for each plane, with PNG sub-images (compression 1) by name, like BasicSR's scripts."""
     lmdb: Any = importlib.import_module("lmdb")
     for scale in planes(images):
         with lmdb.open(str(folder / f"x{scale}.lmdb"), map_size=1 << 40) as store:
@@ -66,13 +66,13 @@ def write_lmdb(images: dict[int, ImageDataset], folder: Path) -> None:
 
 
 def sub_starts(length: int, side: int, step: int) -> list[int]:
-    """Where sub-images start along one axis: at every step, and one more that ends with the image."""
+    """Return where sub-images start along one axis: at every step, plus one that ends with the image."""
     starts = list(range(0, length - side + 1, step))
     return starts if starts[-1] + side == length else [*starts, length - side]
 
 
 def open_lmdb(task: Task) -> Start:
-    """Decode the pair of sub-images that a crop begins in, and crop that; a crop that reaches beyond it is moved in."""
+    """Decode the pair of sub-images in which a crop begins, and crop it; crops that exceed it are shifted inside."""
     lmdb: Any = importlib.import_module("lmdb")
     (patch, side), scale = task.sides, task.scale
     index = task.dataset().shards.index
@@ -90,7 +90,7 @@ def open_lmdb(task: Task) -> Start:
             return decoded(cv2.imdecode(np.frombuffer(transaction.get(key), np.uint8), cv2.IMREAD_COLOR))
 
     def within(at: int, length: int) -> tuple[int, int]:
-        """The sub-image that a crop is taken from, and where the crop lies in it."""
+        """Return the sub-image of a crop, and the crop's position in it."""
         starts = sub_starts(length, sub, step)
         number = max(i for i, start in enumerate(starts) if start <= at)
         return number, min(at - starts[number], sub - patch)
@@ -105,7 +105,7 @@ def open_lmdb(task: Task) -> Start:
 
 
 def write_npy(images: dict[int, ImageDataset], folder: Path) -> None:
-    """An .npy file for each image and plane."""
+    """Write an .npy file for each image and plane."""
     for scale in planes(images):
         (folder / f"x{scale}").mkdir()
         for number in range(len(images[max(images)])):
@@ -113,7 +113,7 @@ def write_npy(images: dict[int, ImageDataset], folder: Path) -> None:
 
 
 def open_npy(task: Task, threads: int = 1) -> Start:
-    """np.load(mmap_mode="r") of every image, kept open; crops are slices."""
+    """Slice crops from np.load(mmap_mode="r") of every image, kept open."""
     count = len(task.dataset().shards.index.name)
 
     def maps(scale: int) -> list[Pixels]:
@@ -123,7 +123,7 @@ def open_npy(task: Task, threads: int = 1) -> Start:
 
 
 def open_npy_each(task: Task) -> Start:
-    """np.load(mmap_mode="r") of both images for each crop."""
+    """Call np.load(mmap_mode="r") on both images for each crop."""
     (patch, side), scale, folder = task.sides, task.scale, task.folder / "npy"
 
     def copy(image: int, top: int, left: int, to_lr: Pixels, to_hr: Pixels) -> None:

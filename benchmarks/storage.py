@@ -1,4 +1,4 @@
-"""The storage under a benchmark: forgetting files that the page cache holds, counting bytes read, slow mounts, fio."""
+"""Storage for benchmarks: dropping files from the page cache, counting bytes read, slow mounts, fio."""
 
 import ctypes
 import json
@@ -18,17 +18,17 @@ import numpy as np
 from loader.pixels.byte_ranges import Ranges
 
 PAGE = mmap.PAGESIZE
-STILL_CACHED = 0.01  # share of a rival's pages that may stay: those of headers, and the like, that it keeps mapped
+STILL_CACHED = 0.01  # fraction of a rival's pages that may stay cached, such as headers that it keeps mapped
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def files_in(folder: Path) -> list[Path]:
-    """All files in a folder and in those within it."""
+    """Return all files in a folder, recursively."""
     return [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def cached_pages(path: Path) -> int:
-    """How many pages of a file the page cache holds, as mincore(2) tells."""
+    """Return how many pages of a file are in the page cache, according to mincore(2)."""
     size = path.stat().st_size
     if not size:
         return 0
@@ -46,20 +46,20 @@ def cached_pages(path: Path) -> int:
 
 
 def forget(paths: Iterable[Path]) -> None:
-    """Drop files from the page cache, and make sure that they are gone.
+    """Drop files from the page cache, and check that they are gone.
 
     Raises:
-        RuntimeError: pages are still there.
+        RuntimeError: pages are still cached.
     """
     paths = list(paths)
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fdatasync(descriptor)  # pages not yet written would stay
+            os.fdatasync(descriptor)  # dirty pages would stay
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-    # A file for every chunk makes tens of thousands: a sample of them tells as much.
+    # Rivals with a file per chunk have tens of thousands: check a sample.
     some = paths[:: max(1, len(paths) // 500)]
     left, whole = sum(map(cached_pages, some)), sum(-(-path.stat().st_size // PAGE) for path in some)
     if left > STILL_CACHED * whole + len(some):
@@ -75,32 +75,32 @@ def remember(paths: Iterable[Path]) -> None:
 
 
 def bytes_read() -> int:
-    """Bytes that this process has made block devices read so far."""
+    """Return the bytes that this process has read from block devices so far."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(fields["read_bytes"])
 
 
 @dataclass(frozen=True)
 class Mounted:
-    """A slow mount: its folder, and the log with a line for each request, the size in bytes."""
+    """A slow mount: its folder, and its log with a line for each request, the size in bytes."""
 
     folder: Path
     log: Path
 
     def requests(self) -> tuple[int, int]:
-        """Requests answered so far, and their bytes."""
+        """Return the requests answered so far, and their bytes."""
         sizes = [int(line) for line in self.log.read_text().split()]
         return len(sizes), sum(sizes)
 
 
 @contextmanager
 def mounted(source: Path, command: str, unmount: str) -> Iterator[Mounted]:
-    """A folder mounted anew, with nothing of it in the page cache.
+    """Mount a folder for the block, with none of it in the page cache.
 
     Args:
         source: the folder.
-        command: mounts it and runs until it is unmounted; with {source}, {mount} and {log} in it.
-        unmount: unmounts; with {mount} in it.
+        command: command that mounts it and runs until it is unmounted; contains {source}, {mount} and {log}.
+        unmount: command that unmounts it; contains {mount}.
     """
     with tempfile.TemporaryDirectory() as temporary:
         place, log = Path(temporary, "mount"), Path(temporary, "requests.txt")
@@ -119,10 +119,10 @@ def mounted(source: Path, command: str, unmount: str) -> Iterator[Mounted]:
 
 
 def wait_until(done: object, what: str, seconds: float = 15) -> None:
-    """Wait for something that a callable tells.
+    """Wait until a condition holds.
 
     Raises:
-        TimeoutError: it did not happen in time.
+        TimeoutError: it did not hold in time.
     """
     assert callable(done)
     end = time.monotonic() + seconds
@@ -133,13 +133,13 @@ def wait_until(done: object, what: str, seconds: float = 15) -> None:
 
 
 def fio_seconds(folder: Path, files: list[str], ranges: Ranges, in_flight: int) -> float:
-    """How long fio takes to read ranges of files in the order given, past the page cache.
+    """Return the seconds that fio takes to read ranges of files in this order, bypassing the page cache.
 
     Args:
-        folder: holds the files.
-        files: their names, by the number that stands in `ranges`.
+        folder: the folder of the files.
+        files: their names; `ranges` refers to them by position.
         ranges: whole pages.
-        in_flight: requests under way at a time.
+        in_flight: number of concurrent requests.
     """
     rows = zip(ranges.shard.tolist(), ranges.start.tolist(), ranges.stop.tolist(), strict=True)
     paths = [folder.resolve() / name for name in files]

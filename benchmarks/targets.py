@@ -1,4 +1,4 @@
-"""The targets, and what was reached of each."""
+"""The targets, and the figures reached."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ GATHER, MEMCPY, LOADER = ours.GATHER.name, ours.MEMCPY.name, ours.LOADER_AUTO.na
 
 @dataclass(frozen=True)
 class Target:
-    """One figure that is wanted: at least or at most so much. `reached` finds it; None: it was not measured."""
+    """A target: at least or at most a figure. `reached` returns the measured one, None if there is none."""
 
     what: str
     at_least: bool
@@ -27,7 +27,7 @@ class Target:
     unit: str = "×"
 
     def row(self) -> list[str]:
-        """A row of the table."""
+        """Return a row of the table."""
         value = self.reached()
         met = "" if value is None else "yes" if (value >= self.wanted) == self.at_least else "no"
         sign = "≥" if self.at_least else "≤"
@@ -35,14 +35,14 @@ class Target:
 
 
 def figure(value: float | None, unit: str) -> str:
-    """A number with as many digits as mean something."""
+    """Return a number rounded to significant digits, as text."""
     if value is None:
         return "not measured"
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def targets_table(folder: Path) -> str:
-    """The table of targets, from all results in a folder."""
+    """Return the table of targets, from all results in a folder."""
     rows = [target.row() for mode in (warm, cold, slow) for target in mode(load(folder, mode.__name__))]
     path = folder / "index.json"
     figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -50,7 +50,7 @@ def targets_table(folder: Path) -> str:
 
 
 def warm(results: Results) -> list[Target]:
-    """Files in the page cache."""
+    """Return the targets of the mode warm: files in the page cache."""
 
     def ratio(scale: int, above: str, below: str) -> Callable[[], float | None]:
         return lambda: results.ratio(scale, above, below)
@@ -83,7 +83,7 @@ def warm(results: Results) -> list[Target]:
 
 
 def best(results: Results, scale: int) -> float | None:
-    """The gather by the fastest rival that ran on one core."""
+    """Return the speed-up of the gather over the fastest rival on one core."""
     every = [*results.rounds.get(scale, {})]
     rivals = [
         way
@@ -95,7 +95,7 @@ def best(results: Results, scale: int) -> float | None:
 
 
 def cold(results: Results) -> list[Target]:
-    """Nothing in the page cache, local disk."""
+    """Return the targets of the mode cold: local disk, empty page cache."""
 
     def ratio(scale: int, below: str) -> Callable[[], float | None]:
         return lambda: results.ratio(scale, LOADER, below)
@@ -112,7 +112,7 @@ def cold(results: Results) -> list[Target]:
 
 
 def slow(results: Results) -> list[Target]:
-    """Storage that takes long for each request."""
+    """Return the targets of the mode slow: storage with high latency."""
 
     def ratio(scale: int, below: str) -> Callable[[], float | None]:
         return lambda: results.ratio(scale, LOADER, below)
@@ -129,7 +129,7 @@ def slow(results: Results) -> list[Target]:
 
 
 def of_index(figures: dict[str, Any]) -> list[Target]:
-    """A dataset of 100,000 images."""
+    """Return the targets for a dataset of 100,000 images."""
     return [
         Target("first batch after opening 100,000 images", False, 2, lambda: figures.get("first_batch_s"), "s"),
         Target("its throughput", True, 0.9, lambda: figures.get("throughput_ratio"), "of 100 images"),

@@ -1,4 +1,4 @@
-"""All ways of reading, by mode, and the files that they need."""
+"""All ways of reading by mode, and the files that they need."""
 
 import importlib.util
 import shutil
@@ -38,17 +38,17 @@ MODES: dict[str, tuple[Way, ...]] = {
 
 
 def installed(ways: tuple[Way, ...]) -> list[Way]:
-    """Those whose library is there."""
+    """Return the ways whose library is installed."""
     return [way for way in ways if way.name not in NEEDS or importlib.util.find_spec(NEEDS[way.name])]
 
 
 def is_ours(name: str) -> bool:
-    """Whether a way, by its name, is one of ours."""
+    """Return whether the way of that name is ours."""
     return name.startswith("ours")
 
 
 def build_shards(images: Path, work: Path, cores: int) -> None:
-    """A dataset of ×2 and ×4 with the defaults of `prep build-shards`, where there is none."""
+    """Build a dataset at ×2 and ×4 with the defaults of `prep build-shards`, if there is none."""
     if (work / "shards").exists():
         return
     files = find_images([images])
@@ -58,7 +58,7 @@ def build_shards(images: Path, work: Path, cores: int) -> None:
 
 
 def prepare(ways: list[Way], work: Path) -> None:
-    """Write what the ways read, out of the shards; what is there is kept."""
+    """Write the files that ways read from the shards; keep existing ones."""
     images = {scale: ImageDataset(work / "shards", scale) for scale in sorted(SCALES)}
     for way in ways:
         folder = work / way.folder

@@ -1,4 +1,4 @@
-"""Our own ways, and the limit of them all, a plain memcpy of as many bytes."""
+"""Our own ways, and the limit: a plain memcpy of the same number of bytes."""
 
 import ctypes
 import operator
@@ -18,11 +18,11 @@ from loader.ahead.reader import Io
 from loader.format.layout import HR
 
 NO_KERNELS = (("SRSHARDS_KERNELS", "0"),)
-TOGETHER = "memory"  # the process in which memcpy and the gather take turns on the same buffers
+TOGETHER = "memory"  # process in which memcpy and the gather take turns with the same buffers
 
 
 def open_memcpy(task: Task) -> Start:
-    """Each crop's bytes in one piece, from its image in the mapped shards, into the batch's buffers."""
+    """Copy each crop's bytes as one block, from its image in the mapped shards to the batch buffers."""
     data, crops = task.dataset(), task.crops()
     pieces: list[list[Any]] = []
     targets: list[list[Any]] = []
@@ -36,7 +36,7 @@ def open_memcpy(task: Task) -> Start:
             pieces[-1].append(run[start : start + size].data)
 
     def read(samples: range, lr: Pixels, hr: Pixels) -> None:
-        # A slice assigned to a memoryview is a memcpy, and map calls it without running Python code between.
+        # Assigning a slice to a memoryview is a memcpy, and map calls it without Python code in between.
         for target, piece in zip(targets, pieces, strict=True):
             moved = map(operator.setitem, target, repeat(slice(None)), piece[samples.start : samples.stop])
             deque(moved, maxlen=0)
@@ -45,7 +45,7 @@ def open_memcpy(task: Task) -> Start:
 
 
 def open_memcpy_together(task: Task) -> Start:
-    """The same by two threads at once, half a batch each, through ctypes, which lets go of the interpreter's lock."""
+    """Copy on two threads, half a batch each, through ctypes, which releases the GIL."""
     data, crops = task.dataset(), task.crops()
     planes: list[tuple[int, list[int], int]] = []
     for plane, side, out in zip((task.scale, HR), task.sides, buffers(task.batch_size, *task.sides), strict=True):
@@ -61,7 +61,7 @@ def open_memcpy_together(task: Task) -> Start:
             for k, n in enumerate(samples, first):
                 ctypes.memmove(target + k * size, pieces[n], size)
 
-    def read(samples: range, lr: Pixels, hr: Pixels, mapped: PatchDataset = data) -> None:  # which has to stay mapped
+    def read(samples: range, lr: Pixels, hr: Pixels, mapped: PatchDataset = data) -> None:  # keeps it mapped
         half = len(samples) // 2
         for part in [pool.submit(copy, samples[:half], 0), pool.submit(copy, samples[half:], half)]:
             part.result()
@@ -70,7 +70,7 @@ def open_memcpy_together(task: Task) -> Start:
 
 
 def open_gather(task: Task, transforms: bool = False, threads: int = 1) -> Start:
-    """Shards.gather for both planes, of crops drawn before; several threads share a batch."""
+    """Call Shards.gather for both planes, with crops drawn beforehand; several threads share a batch."""
     data = task.dataset(augment=transforms)
     crops = data.plan.crops(0, np.arange(len(task.numbers)))
     patch = PatchSize(task.scale, task.lr_patch)
@@ -93,13 +93,13 @@ def open_gather(task: Task, transforms: bool = False, threads: int = 1) -> Start
 
 
 def open_dataset(task: Task, augment: bool = False) -> Start:
-    """PatchDataset as torch's DataLoader calls it, a batch at a time; it draws the crops and takes new memory."""
+    """Read batches from PatchDataset as torch's DataLoader does; includes drawing crops and allocating memory."""
     data: PatchDataset = task.dataset(augment)
     return by_batch(task, lambda samples, lr, hr: data.__getitems__(samples))
 
 
 def open_loader(task: Task, augment: bool = False, threads: int = 0, io: Io = "auto") -> Start:
-    """PatchLoader, its iterator begun anew at each start; threads: 0 means its default."""
+    """Read with PatchLoader, a new iterator for each start; threads: 0 for its default."""
     data = task.dataset(augment)
     options: dict[str, Any] = {"threads": threads} if threads else {}
     loaders = {

@@ -1,8 +1,8 @@
-"""Private memory of a DataLoader worker beyond that of a process that only imports torch, in MB, as JSON.
+"""Private memory of a DataLoader worker, less that of a process that only imports torch, in MB, as JSON.
 
 python benchmarks/worker_memory.py DATASET BATCH_SIZE
 
-A script that imports nothing but torch and the loader: spawned workers import what their parent's script imports.
+This script imports only torch and the loader, since spawned workers import everything that their parent script imports.
 """
 
 import json
@@ -20,7 +20,7 @@ BATCHES = 10
 
 
 def main(folder: Path, batch_size: int) -> None:
-    """Print torch's own, and a spawned worker's with batches of that size, and with batches of one sample."""
+    """Print the memory of torch, and of a spawned worker with batches of that size, and of one sample."""
     alone = bare_mb(folder)
     figures = {"torch_private_mb": round(alone, 1)}
     for name, size in (("worker_private_mb", batch_size), ("worker_private_mb_single_samples", 1)):
@@ -29,7 +29,7 @@ def main(folder: Path, batch_size: int) -> None:
 
 
 def bare_mb(folder: Path) -> float:
-    """Of a process that imports torch."""
+    """Return the MB of a process that imports torch."""
     with subprocess.Popen([sys.executable, "-c", BARE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -39,7 +39,7 @@ def bare_mb(folder: Path) -> float:
 
 
 def worker_mb(folder: Path, batch_size: int) -> float:
-    """Of a worker that has opened the dataset and given some batches."""
+    """Return the MB of a worker that has opened the dataset and produced some batches."""
     data = PatchDataset(folder, 4, length=1 << 20)
     batches = iter(DataLoader(data, batch_size, num_workers=1, multiprocessing_context="spawn"))
     for _ in range(BATCHES):
@@ -48,7 +48,7 @@ def worker_mb(folder: Path, batch_size: int) -> float:
 
 
 def private_mb(pid: int, folder: Path) -> float:
-    """Private memory of a process, without the pages of files in a folder, which are the page cache's."""
+    """Return the private MB of a process, without mapped files in a folder, which are page cache."""
     kilobytes, counts = 0, True
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):

@@ -1,4 +1,4 @@
-"""Check arguments: errors name the argument, what was expected, and what was got."""
+"""Checks of arguments; errors name the argument, what was expected and what was got."""
 
 import operator
 import os
@@ -8,18 +8,18 @@ from loader.errors import ShardsError, one_line
 
 
 def whole(name: str, value: object, low: int | None, high: int | None = None) -> int:
-    """Return an argument as int: anything that is a whole number by type (`operator.index`), from low to high.
+    """Return a whole number from low to high as int.
 
-    NumPy integers and 0-d integer tensors are; floats, text and booleans are not.
+    NumPy integers and 0-d integer tensors count as whole numbers (`operator.index`); floats, text and booleans do not.
 
     Args:
-        name: the argument, for messages.
-        value: what the caller gave.
-        low, high: bounds, both included; None: no such bound.
+        name: name of the argument, for messages.
+        value: its value.
+        low, high: bounds, both inclusive; None: no bound.
 
     Raises:
-        TypeError: it is no whole number.
-        ValueError: it is out of range.
+        TypeError: the value is not a whole number.
+        ValueError: the value is out of range.
     """
     if low is None:
         span = "any" if high is None else f"up to {high}"
@@ -34,29 +34,29 @@ def whole(name: str, value: object, low: int | None, high: int | None = None) ->
 
 
 def as_integer(value: object) -> int | None:
-    """Return a whole number as int, or None for what is none: a boolean, a float, text, an array of one element."""
+    """Return a whole number as int; None for anything else: a boolean, a float, text, an array of one element."""
     kind = str(getattr(value, "dtype", ""))
     if isinstance(value, bool) or kind.endswith("bool") or getattr(value, "ndim", 0) != 0:
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):  # torch raises what it likes
+    except (TypeError, ValueError, RuntimeError):  # torch raises any of these
         return None
 
 
 def flag(name: str, value: object) -> bool:
-    """Return an argument that is a boolean; TypeError for anything else."""
+    """Return a boolean argument; raise TypeError for anything else."""
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{name}: expected True or False, got {describe(value)}")
     return bool(value)
 
 
 def folder_path(name: str, value: object) -> Path:
-    """Return an argument that names a folder, which need not be there.
+    """Return the path of a folder, which need not exist.
 
     Raises:
-        TypeError: it is no path.
-        ShardsError: it is empty, as an unset variable of a shell is: that would be the working directory.
+        TypeError: the argument is not a path.
+        ShardsError: the path is empty, as from an unset shell variable; it would mean the working directory.
     """
     try:
         text = os.fsdecode(value)  # type: ignore[arg-type]
@@ -67,14 +67,14 @@ def folder_path(name: str, value: object) -> Path:
     return Path(text)
 
 
-def need(name: str, expected: str, got: object, holds: bool) -> None:
-    """Raise ValueError about an argument unless what it needs holds."""
+def require(name: str, expected: str, got: object, holds: bool) -> None:
+    """Raise ValueError about an argument unless `holds`."""
     if not holds:
         raise ValueError(f"{name}: expected {expected}, got {describe(got)}")
 
 
 def describe(value: object) -> str:
-    """Return a value for a message: its repr in one short line, with its type where that does not show."""
+    """Return a value's repr as one short line for messages, with its type if the repr does not show it."""
     kind = type(value).__name__
     try:
         text = repr(value)

@@ -11,7 +11,7 @@ import torch
 from loader.ahead.budget import READ_BUFFERS
 from loader.ahead.pipeline import Pipeline, default_readahead
 from loader.ahead.reader import Io, open_reader
-from loader.arguments import need
+from loader.arguments import require
 from loader.dataset import LrHr, PatchDataset
 from loader.stream.buffers import BatchBuffers
 from loader.stream.iterator import PatchIterator, Position, stream_of
@@ -77,7 +77,7 @@ class PatchLoader:
         self.rank = _whole("rank", rank, 0, self.world_size - 1, f"0 to world_size - 1 = {self.world_size - 1}")
         self.start = None if start is None else _whole("start", start, 0)
         self.epochs = None if epochs is None else _whole("epochs", epochs, 1, MAX_POSITION // len(dataset))
-        need("io", '"auto", "mmap" or "pread"', io, io in ("auto", "mmap", "pread"))
+        require("io", '"auto", "mmap" or "pread"', io, io in ("auto", "mmap", "pread"))
         self.readahead = (
             default_readahead(self.batch_size)
             if readahead is None
@@ -175,5 +175,5 @@ def _whole(name: str, value: SupportsIndex, least: int, most: int = MAX_POSITION
         raise ValueError(f"{name}: expected a whole number, got {value!r}") from None
     if not expected:
         expected = f"{least} or more" if number < least else f"at most {most}"
-    need(name, expected, value, least <= number <= most)
+    require(name, expected, value, least <= number <= most)
     return number

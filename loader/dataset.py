@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from loader.ahead.reader import Reader, open_reader
-from loader.arguments import as_integer, describe, flag, folder_path, need, whole
+from loader.arguments import as_integer, describe, flag, folder_path, require, whole
 from loader.epoch import REPEATED, EpochState, warn
 from loader.errors import FormatError, ShardsError, one_line
 from loader.format.layout import CHANNELS, HR, MAX_SIDE, Strings
@@ -111,7 +111,7 @@ class PatchDataset(_ShardsDataset):
         wanted = None if length is None else whole("length", length, 1, MAX_SAMPLES)
         self._seed = whole("seed", seed, 0, (1 << 64) - 1)
         self._augment, self._fixed = flag("augment", augment), flag("fixed", fixed)
-        need("too_small", '"error" or "skip"', too_small, too_small in ("error", "skip"))
+        require("too_small", '"error" or "skip"', too_small, too_small in ("error", "skip"))
         super().__init__(folder, scale)
         height, width = self.shards.index.sizes(self._scale)
         patches = (height // self._lr_patch) * (width // self._lr_patch)

@@ -1,10 +1,10 @@
-"""The errors of this project, and foreign text made safe to print."""
+"""The root of this project's errors, and foreign text made safe to print."""
 
 
 class ShardsError(Exception):
-    """Root of the errors that a user can mend; its text says what, where, what was expected and what was got.
+    """Root of all errors of this project; the message says what, where, what was expected and what was got.
 
-    Foreign text in it is printable: everything but the line breaks between its lines is escaped.
+    Messages are printable: everything but line breaks is escaped.
     """
 
     def __init__(self, text: str) -> None:
@@ -12,13 +12,13 @@ class ShardsError(Exception):
 
 
 class FormatError(ShardsError):
-    """A dataset that does not keep to the format, told in one line."""
+    """A violation of the dataset format; its message is one line."""
 
     def __init__(self, text: str) -> None:
-        # torch's DataLoader raises a worker's error again, below the worker's traceback: its lines stay lines.
+        # torch's DataLoader raises a worker's error again with the worker's traceback as text: keep its line breaks.
         super().__init__(text if text.startswith("Caught FormatError in ") else one_line(text))
 
 
 def one_line(text: str) -> str:
-    """A text with what would break its line, or cannot be printed, as escapes: names of files may hold any bytes."""
+    """Return text with line breaks and unprintable characters escaped: file names may hold any bytes."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

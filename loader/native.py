@@ -1,4 +1,4 @@
-"""The compiled kernels: optional C extensions, each beside the module whose hot loop it is."""
+"""Loading of the optional C extensions, each next to the module that it speeds up."""
 
 import hashlib
 import importlib
@@ -7,14 +7,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-SWITCH = "SRSHARDS_KERNELS"  # set to 0, it leaves the compiled kernels aside
+SWITCH = "SRSHARDS_KERNELS"  # environment variable; 0 disables all C extensions
 
 
 def compiled(name: str) -> Any:
-    """Return the extension module of that name, or None where it was not built or is switched off.
+    """Return the C extension of that name, or None if it was not built, or is disabled.
 
-    One that was built from other sources than those beside it (a checkout that moved on) would be called with arguments
-    that it does not expect. It is left aside, with a RuntimeWarning.
+    An extension built from other sources than those next to it (an older checkout) may expect other arguments. It is
+    ignored, with a RuntimeWarning.
     """
     if os.environ.get(SWITCH) == "0":
         return None
@@ -24,8 +24,8 @@ def compiled(name: str) -> Any:
         return None
     if _is_stale(Path(str(module.__file__))):
         warnings.warn(
-            f"{module.__file__}: expected a kernel built from the sources beside it, got one of others; left aside "
-            "until it is built again (make, or pip install -e .)",
+            f"{module.__file__}: expected a C extension built from the sources next to it, got one of other "
+            "sources; ignored until it is rebuilt (make, or pip install -e .)",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -34,7 +34,7 @@ def compiled(name: str) -> Any:
 
 
 def source_mark(folder: Path, stem: str) -> bytes:
-    """Return what a kernel built from the C files of that stem in `folder` holds; nothing where there are none."""
+    """Return the mark in an extension built from the C files `stem*` in `folder`; b"" if there are no such files."""
     digest, paths = hashlib.sha256(), sorted(folder.glob(f"{stem}*.[ch]"))
     for path in paths:
         digest.update(path.read_bytes())

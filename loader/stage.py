@@ -1,4 +1,4 @@
-"""Copy a dataset to where it is read faster, a node's own disk, say: `python -m loader.stage DIR TARGET`.
+"""Copy a dataset to faster storage, such as a node's own disk: `python -m loader.stage DIR TARGET`.
 
 Copies the index, the shards that it names, the sidecars that belong to it, and skipped.json; nothing else in the
 folder, and no link out of it.
@@ -19,33 +19,33 @@ from loader.system.safefile import open_exclusive, open_member
 
 SKIPPED = "skipped.json"
 _BLOCK = 1 << 20
-_SPARE = 50  # a file system needs a little more than its files have bytes: this part of them
+_SPARE = 50  # one part in 50 more room, for the file system itself
 
 
 def copy_dataset(folder: Path, target: Path) -> int:
-    """Copy the dataset in `folder` to `target`, a new folder for its owner alone; return the bytes copied.
+    """Copy the dataset in `folder` to `target`, a new folder with access for its owner only; return the bytes copied.
 
     Raises:
-        FormatError: `folder` holds no whole dataset, or changed meanwhile.
-        ShardsError: there is no room for it.
-        OSError: a file cannot be read or written, or something is at `target` already.
+        FormatError: `folder` holds no complete dataset, or the dataset changed during the copy.
+        ShardsError: there is not enough room.
+        OSError: a file cannot be read or written, or `target` exists.
     """
     index = read_index(folder)
     names = [shard.file for shard in index.shards]
     names += [name for name, digest in sidecars(folder).items() if digest == index.sha256]
     if os.path.lexists(folder / SKIPPED):
         names.append(SKIPPED)
-    names.append(INDEX)  # last: without it there is no dataset yet
-    need = sum((folder / name).stat().st_size for name in names)
+    names.append(INDEX)  # last: it makes the folder a dataset
+    size = sum((folder / name).stat().st_size for name in names)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.mkdir(mode=0o700)
     try:
         room = shutil.disk_usage(target).free
-        if need + need // _SPARE > room:
-            raise ShardsError(f"{target}: expected room for the {need} bytes of {folder}, got {room}")
+        if size + size // _SPARE > room:
+            raise ShardsError(f"{target}: expected room for the {size} bytes of {folder}, got {room}")
         copied = sum(_copy(folder / name, target / name) for name in names)
         if read_index(target).sha256 != index.sha256:
-            raise FormatError(f"{folder}: expected a dataset that stays as it is, got another while it was copied")
+            raise FormatError(f"{folder}: expected the same dataset throughout the copy, got another")
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
@@ -53,7 +53,7 @@ def copy_dataset(folder: Path, target: Path) -> int:
 
 
 def _copy(source: Path, target: Path) -> int:
-    """Copy a file of a dataset, as long as it was when it was opened; return its length."""
+    """Copy one file, up to its length when opened; return that length."""
     with os.fdopen(open_member(source), "rb") as read, os.fdopen(open_exclusive(target), "wb") as written:
         length = left = os.fstat(read.fileno()).st_size
         while left:
@@ -73,10 +73,10 @@ def _copy(source: Path, target: Path) -> int:
 
 
 def main() -> None:
-    """Copy as the command line says; on failure end with one line and code 1."""
-    parser = argparse.ArgumentParser(prog="python -m loader.stage", description="Copy a dataset, and nothing else.")
+    """Run the command; on failure, exit with one line and code 1."""
+    parser = argparse.ArgumentParser(prog="python -m loader.stage", description="Copy a dataset and nothing else.")
     parser.add_argument("folder", metavar="DIR", type=Path, help="the dataset")
-    parser.add_argument("target", metavar="TARGET", type=Path, help="a folder that is not there yet")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="a folder that does not exist yet")
     words = parser.parse_args()
     try:
         copy_dataset(words.folder, words.target)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Try prep and the part of loader that needs numpy alone, without torch, on several Pythons; a line for each at the end.
+# Test prep, and the part of loader that needs only numpy, without torch on several Pythons; print a result for each.
 #   tests/run_floor.sh [PYTHON]...
-# Without arguments: python3.11 to python3.15 where PATH, pyenv or uv have them. On 3.11 with the lowest declared
-# versions, on the others with those of constraints.txt: the lowest have no builds for them.
+# Without arguments: python3.11 to python3.15 as far as PATH, pyenv or uv provide them. Python 3.11 gets the lowest
+# declared versions, others those of constraints.txt, since the lowest are not built for them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 tests=(tests/*/test_{bad_images,build,cli,images,imresize,index,plan,readahead,resume,room,stage,tiles,verify}.py)
@@ -13,7 +13,7 @@ if (($# == 0)); then
         found=$(command -v "python3.$minor") && "$found" -c "" 2>/dev/null ||
             found=$(compgen -G "${PYENV_ROOT:-$HOME/.pyenv}/versions/3.$minor.*/bin/python" | tail -n 1) ||
             found=$(uv python find --no-python-downloads "3.$minor" 2>/dev/null) ||
-            { echo "python3.$minor: not here, not tried"; continue; }
+            { echo "python3.$minor: not found, skipped"; continue; }
         set -- "$@" "$found"
     done
 fi

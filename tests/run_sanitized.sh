@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Build the kernels with AddressSanitizer and UBSan into a copy of the packages, and run the tests that use them there.
-# Any finding, in this process or one that a test starts, is printed and ends with code 1.
+# Build the C extensions with AddressSanitizer and UBSan in a copy of the packages, and run their tests there.
+# Findings, also in processes started by tests, are printed; the exit code is then 1.
 #   tests/run_sanitized.sh PYTHON [TEST]...
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,13 +16,13 @@ find . -name '*.so' -delete
 export CC=gcc SRSHARDS_SANITIZE=1
 "$python" setup.py -q build_ext --inplace
 
-# Python itself is not built so: the sanitizer's library must be there before it, and C++'s, for exceptions of torch's.
+# Python itself is not instrumented, so the sanitizer's library must be preloaded; libstdc++ too, for torch's exceptions.
 preload="$("$CC" -print-file-name=libasan.so) $("$CC" -print-file-name=libstdc++.so.6)"
-# One test wants SIGBUS as it is. Reports go to files, so that none is lost with the output of a test's process; UBSan
-# knows standard error alone, which pytest is told to leave as it is.
+# One test needs SIGBUS unhandled. Reports go to files, so that none is lost with a test process's output. UBSan writes to
+# standard error only, so pytest must not redirect it.
 export ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:log_path=$place/report
 export UBSAN_OPTIONS=print_stacktrace=1
-export PYTHONMALLOC=malloc PYTHONPATH=$place # every object is watched, and tests' processes find the copy, too
+export PYTHONMALLOC=malloc PYTHONPATH=$place # malloc: to watch every object; PYTHONPATH: for processes started by tests
 
 shopt -s nullglob
 if (($# == 0)); then

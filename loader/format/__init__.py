@@ -1,1 +1,1 @@
-"""The on-disk format: FORMAT.md as code. Needs numpy alone."""
+"""The on-disk format: FORMAT.md as code. Needs only numpy."""

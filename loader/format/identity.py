@@ -1,4 +1,4 @@
-"""What a dataset is, whatever its files are called: a digest of the pixels that training sees."""
+"""The identity of a dataset: a digest of the pixels that training sees, whatever files they are in."""
 
 import hashlib
 
@@ -8,13 +8,13 @@ from loader.format.layout import HR, Index
 
 
 def dataset_identity(index: Index, scale: int) -> str:
-    """Return the SHA-256 (hex) of what a sample stream at that scale draws from: images, in order, HR and LR.
+    """Return the SHA-256 (hex) of the images, in order, that a sample stream at this scale draws from.
 
-    It covers name, height, width, and the CRC-32 of the stored HR and LR of each image, and the tile sizes, which
-    the checksums depend on. It is the same for another container, other shards, or another version of the program.
+    It covers each image's name, height, width, and the CRC-32 of its HR and LR, and the tile sizes, which those
+    checksums depend on. It does not depend on container, shards, or version of the program.
 
-    The bytes hashed are a line of text, then the columns one after another as little-endian int64, then the length of
-    each name (UTF-8 bytes, int64 again), then the names. Checkpoints hold the digest: these bytes must never change.
+    The hashed bytes are a line of text, the columns one after another as little-endian int64, the length of each name
+    (in bytes of UTF-8, int64 too), and the names. Checkpoints store the digest, so these bytes must never change.
     """
     high, low = index.planes[HR], index.planes[scale]
     names, lengths = index.name.encoded()

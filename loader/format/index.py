@@ -1,6 +1,6 @@
-"""Read the index of a dataset, and compare it with the files beside it, as far as memory maps need it.
+"""Read the index of a dataset, and check that its shards are there, before anything is mapped.
 
-What may come from elsewhere is bounded before it is read: holes let a file claim any length.
+Sizes are limited before a file is read, since a sparse file may claim any length.
 """
 
 import os
@@ -14,14 +14,14 @@ from loader.format.strict_json import fail
 from loader.system.safefile import UnsafeFileError, open_member
 from loader.system.sparse import stored_bytes
 
-INDEX_ROOM = 16 << 20  # bytes that an index may have in any case,
-INDEX_SHARE = 8  # and this part of its shards' bytes beyond,
-INDEX_MOST = 1 << 30  # up to this, which some seven million images need
-BLOCK = 1 << 20
+INDEX_ROOM = 16 << 20  # bytes that any index may have,
+INDEX_SHARE = 8  # plus one byte for so many bytes of its shards,
+INDEX_MOST = 1 << 30  # up to this many: about seven million images
+BLOCK = 1 << 20  # bytes per read
 
 
 def read_index(folder: Path) -> Index:
-    """Read, check and compare with the files beside it the index of a dataset.
+    """Return the index of a dataset, after checking it and the lengths of its shards.
 
     Raises:
         FormatError: naming the file, the record, what was expected and what was got.
@@ -33,10 +33,10 @@ def read_index(folder: Path) -> Index:
 
 
 def read_index_alone(folder: Path) -> Index:
-    """The index of a dataset, read and checked as far as it goes without the shards' files.
+    """Return the index of a dataset, after checking everything that does not need the shards.
 
     Raises:
-        FormatError: as `read_index`.
+        FormatError: see `read_index`.
     """
     path = folder / fmt.INDEX
     try:
@@ -48,14 +48,14 @@ def read_index_alone(folder: Path) -> Index:
     except OSError as error:
         raise FormatError(f"{path}: expected a readable file, got {error.strerror}") from None
     except MemoryError:
-        fail(str(path), "length", "an index that fits into memory", "one that does not")
+        fail(str(path), "length", "an index that fits into memory", "a larger one")
 
 
 def check_current(folder: Path, index: Index) -> None:
-    """Hold that the index of a dataset is still the one that was read.
+    """Check that the index of a dataset is still the one that was read.
 
     Raises:
-        FormatError: it is gone, or another.
+        FormatError: the index is missing, or another.
     """
     wanted = last_lines(index.sha256)
     try:
@@ -72,10 +72,10 @@ def check_current(folder: Path, index: Index) -> None:
 
 
 def check_file(folder: Path, shard: Shard) -> None:
-    """Hold that a shard is there, a regular file of this folder, of the length recorded.
+    """Check that a shard is a regular file in this folder, and has the recorded length.
 
     Raises:
-        FormatError: it is not.
+        FormatError: it is not, or has not.
     """
     path = folder / shard.file
     try:
@@ -93,12 +93,12 @@ def check_file(folder: Path, shard: Shard) -> None:
 
 
 def _read_text(folder: Path, path: Path) -> bytes:
-    """The bytes of an index, read only as far as they can be those of one: holes in a file read as zeros."""
+    """Return the bytes of an index. Reading stops at the first zero byte, so holes are never read into memory."""
     descriptor = open_member(path)
     try:
         length = os.fstat(descriptor).st_size
         if length > (most := _longest(folder, length)):
-            fail(str(path), "length", f"at most {most} bytes, as the shards beside it are", f"{length} bytes")
+            fail(str(path), "length", f"at most {most} bytes, given the size of its shards", f"{length} bytes")
         text = bytearray()
         while len(text) <= length and (block := os.read(descriptor, BLOCK)):
             if (zero := block.find(0)) >= 0:
@@ -110,9 +110,9 @@ def _read_text(folder: Path, path: Path) -> bytes:
 
 
 def _longest(folder: Path, length: int) -> int:
-    """Bytes that an index may have: what it says of an image is far less than the image's own runs, which fill pages.
+    """Return how long an index may be. An honest one has far fewer bytes per image than the image's tile runs.
 
-    Parsing takes up to 45 times as much memory; what came from elsewhere shall not take it all.
+    Parsing takes up to 45 times as much memory, which an index of unknown origin must not exhaust.
     """
     wanted = (min(length, INDEX_MOST) - INDEX_ROOM) * INDEX_SHARE
     data = stored_bytes(folder, "shard-", wanted) if wanted > 0 else 0

@@ -1,4 +1,4 @@
-"""The text of index.json: text → Index with every check that makes mapping safe, and Index → text."""
+"""Parse and dump index.json. Parsing makes all checks that mapping relies on."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ from loader.format import layout as fmt
 from loader.format.layout import Index, LrOrigin, Plane, Shard, Strings
 from loader.format.strict_json import Fields, fail, load
 
-SHARD_ROOM = 64 << 10  # bytes that a shard may have beyond its runs (HDF5's metadata),
-RUN_ROOM = 16 << 10  # and for each run (HDF5 needs 1.5 KiB or so, and the name)
+SHARD_ROOM = 64 << 10  # bytes that a shard may have in addition to its tile runs, for HDF5's metadata,
+RUN_ROOM = 16 << 10  # plus these for each run; HDF5 needs about 1.5 KiB, and the name
 
 
 def parse_index(text: bytes, where: str) -> Index:
-    """Parse and check the text of index.json, without looking at the shards' files.
+    """Parse and check the text of an index.json.
 
     Args:
         text: the file's bytes.
@@ -30,7 +30,7 @@ def parse_index(text: bytes, where: str) -> Index:
     body = memoryview(text)[: -len(last_lines("0" * 64))]  # no copy
     if text[len(body) :] != _digest_line(body):
         _check_version(text, where)
-        fail(where, "sha256", "as last line the SHA-256 of all lines before it", ascii(text[len(body) :][:78]))
+        fail(where, "sha256", "the SHA-256 of all lines before it as the last line", ascii(text[len(body) :][:78]))
     top = Fields(load(text, where), where)
     top.equal("format", fmt.FORMAT)
     top.equal("version", fmt.VERSION)
@@ -68,7 +68,7 @@ def parse_index(text: bytes, where: str) -> Index:
 
 
 def dump_index(index: Index) -> bytes:
-    """The text of index.json: one line for each field, the last one the digest of the others."""
+    """Return the text of an index.json: a line for each field, the last one with the digest of the others."""
     top: dict[str, Any] = {
         "format": fmt.FORMAT,
         "version": fmt.VERSION,
@@ -92,7 +92,7 @@ def dump_index(index: Index) -> bytes:
 
 
 def describe_lr(origin: LrOrigin) -> dict[str, str]:
-    """Return the origin of LR as index.json has it."""
+    """Return the origin of LR in the form of index.json."""
     lr = {"made": origin.made}
     if origin.resize is not None and origin.border is not None:
         lr |= {"resize": origin.resize, "border": origin.border}
@@ -104,7 +104,7 @@ def _digest_line(body: bytes | memoryview) -> bytes:
 
 
 def last_lines(digest: str) -> bytes:
-    """Return the last lines of an index of that digest, which they state."""
+    """Return the last lines of an index.json, which state its digest."""
     return f'"sha256": "{digest}"\n}}\n'.encode()
 
 
@@ -122,13 +122,13 @@ def _plane_json(plane: Plane) -> dict[str, Any]:
 
 
 def _check_version(text: bytes, where: str) -> None:
-    """Another version may end otherwise: then the version is what to report, not the digest."""
+    """Raise FormatError for another format or version, whose file may end in other lines."""
     start = f'{{\n"format": "{fmt.FORMAT}",\n"version": '.encode()
     if not text.startswith(start):
         fail(where, "start", ascii(start.decode()), ascii(text[: len(start)].decode(errors="replace")))
     version = text[len(start) : len(start) + 9].split(b",")[0].decode(errors="replace")
     if version != str(fmt.VERSION):
-        fail(where, "version", f"{fmt.VERSION}, the one that this srshards reads", ascii(version))
+        fail(where, "version", f"{fmt.VERSION}, which this srshards reads", ascii(version))
 
 
 def _lr_origin(fields: Fields) -> LrOrigin:
@@ -159,7 +159,7 @@ def _check_names(names: list[str], where: str) -> None:
         fail(where, "name", "at least one image", "none")
     for i, name in enumerate(names):
         if not fmt.is_image_name(name):
-            fail(where, f"name[{i}]", "the stem of a file's name", ascii(name[:80]))
+            fail(where, f"name[{i}]", "the stem of a file name", ascii(name[:80]))
     if len(set(names)) < len(names):
         ordered = sorted(names)
         fail(where, "name", "each name once", f"{next(a for a, b in pairwise(ordered) if a == b)!r} twice")
@@ -190,7 +190,7 @@ def _plane(fields: Fields, count: int, has_source: bool) -> Plane:
     if has_source:
         names = fields.strings("source", count)
         if (i := next((i for i, name in enumerate(names) if not fmt.is_source_name(name)), None)) is not None:
-            fail(fields.where, f"source[{i}]", "a path within the folder of sources", ascii(names[i][:80]))
+            fail(fields.where, f"source[{i}]", "a path within the source folder", ascii(names[i][:80]))
         source = Strings(names)
         source_sha256 = Strings(fields.digests("source_sha256", count))
     fields.done()
@@ -198,14 +198,14 @@ def _plane(fields: Fields, count: int, has_source: bool) -> Plane:
 
 
 def _check_counts(index: Index, where: str) -> None:
-    """No shard holds more images than the dataset has per shard."""
+    """Check that no shard has more than `images_per_shard` images."""
     counts = np.bincount(index.shard)
     if counts[most := int(counts.argmax())] > index.images_per_shard:
         fail(where, f"shards: {index.shards[most].file}", f"at most {index.images_per_shard} images", counts[most])
 
 
 def _check_runs(index: Index, where: str) -> None:
-    """Every run lies within its shard, on a page, and no two share a byte."""
+    """Check that every tile run starts on a page and lies within its shard, and that no two overlap."""
     count, planes = len(index.name), list(index.planes)
     side = max(planes)
     if (small := np.flatnonzero(np.minimum(index.height, index.width) < side)).size:
@@ -232,7 +232,7 @@ def _check_runs(index: Index, where: str) -> None:
 
 
 def _check_lengths(index: Index, shard: NDArray[np.int64], lengths: NDArray[np.int64], where: str) -> None:
-    """No shard is much longer than its runs: whoever checks it reads it whole."""
+    """Check that no shard is much longer than its tile runs, since verification reads all of it."""
     most = np.full(len(index.shards), SHARD_ROOM, np.int64)
     np.add.at(most, shard, -(-lengths // fmt.PAGE) * fmt.PAGE + RUN_ROOM)
     for entry, limit in zip(index.shards, most.tolist(), strict=True):

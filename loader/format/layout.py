@@ -25,17 +25,17 @@ LR_KINDS = ("imresize", "given", "none")
 HR = 1  # the level of the HR plane
 SAMPLES = "uint8"
 CHANNELS = 3
-PAGE = 4096  # every run of tiles starts on a page
-MAX_NAME = 1024  # characters of an image's name; no file system has such long ones
-MAX_SIDE = 1 << 20  # pixels; keeps every product below 2**63
-TILES = (16, 1024)  # smallest and largest tile; tiles are multiples of 16
+PAGE = 4096  # every tile run starts at a multiple of this
+MAX_NAME = 1024  # characters of an image's name; longer than any file system allows
+MAX_SIDE = 1 << 20  # pixels; keeps all products below 2**63
+TILES = (16, 1024)  # smallest and largest tile size, which is a multiple of 16
 
 
 Count = TypeVar("Count", int, NDArray[np.int64])
 
 
 class Strings(Sequence[str]):
-    """An immutable column of strings, held as one array of UTF-8 bytes and one of ends."""
+    """An immutable column of strings, stored as two arrays: UTF-8 bytes, and where each string ends."""
 
     def __init__(self, items: Sequence[str]) -> None:
         encoded = [item.encode() for item in items]
@@ -49,18 +49,18 @@ class Strings(Sequence[str]):
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self):
-            raise IndexError(f"{i} is not in a column of {len(self)}")
+            raise IndexError(f"string: expected 0 to {len(self) - 1}, got {i}")
         i %= len(self)
         return self._bytes[self._ends[i] : self._ends[i + 1]].tobytes().decode()
 
     def encoded(self) -> tuple[bytes, NDArray[np.int64]]:
-        """The UTF-8 bytes of all strings, one after another, and the length of each."""
+        """Return the UTF-8 bytes of all strings, one after another, and the length of each."""
         return self._bytes.tobytes(), np.diff(self._ends)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of many images: its name within the dataset's folder, length in bytes, SHA-256 in hex."""
+    """A file with many images: its name within the dataset folder, its length in bytes, its SHA-256 in hex."""
 
     file: str
     bytes: int
@@ -109,11 +109,11 @@ class Index:
     height: NDArray[np.int64]
     width: NDArray[np.int64]
     planes: dict[int, Plane]
-    sha256: str = ""  # of index.json itself, once it has been written
+    sha256: str = ""  # of index.json, once written
 
     @property
     def scales(self) -> tuple[int, ...]:
-        """The scales for which there is LR."""
+        """The scales of the LR planes."""
         return tuple(level for level in self.planes if level != HR)
 
     def sizes(self, level: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -130,7 +130,7 @@ class Index:
 
 
 def tiles_across(pixels: Count, tile: int) -> Count:
-    """Return how many tiles cover so many pixels along one side."""
+    """Return how many tiles cover a side of `pixels`."""
     return -(-pixels // tile)
 
 
@@ -166,10 +166,10 @@ def shard_number(file: str) -> int | None:
 
 
 def is_source_name(name: str) -> bool:
-    """Whether a string can name a source: a path within a folder, that does not lead out of it."""
+    """Return whether a string can name a source: a relative path that stays within its folder."""
     return name != "" and name[0] != "/" and "\0" not in name and (".." not in name or ".." not in name.split("/"))
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a string can name an image: it is a file's stem, and a link in an HDF5 group."""
+    """Return whether a string can name an image: it is the stem of a file name, and a link name in HDF5."""
     return name not in ("", ".", "..") and "/" not in name and "\0" not in name and len(name) <= MAX_NAME

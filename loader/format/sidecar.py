@@ -1,4 +1,4 @@
-"""Sidecar files: values for each tile of a dataset, kept beside its index and bound to it by digest (see FORMAT.md)."""
+"""Sidecars: files with a value for each tile, next to the index and bound to it by its digest (see FORMAT.md)."""
 
 import os
 import re
@@ -15,7 +15,7 @@ NAME = re.compile(r"scores-[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.bin")
 def sidecars(folder: Path) -> dict[str, str]:
     """Return the sidecars in a folder: file name → SHA-256 of the index that it belongs to.
 
-    Files that merely have such a name, and links out of the folder, are no sidecars.
+    Other files with such a name, and links out of the folder, are not sidecars.
     """
     names = sorted(path.name for path in folder.iterdir() if NAME.fullmatch(path.name))
     found = {name: _index_of(folder / name) for name in names}

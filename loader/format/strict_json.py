@@ -1,4 +1,4 @@
-"""JSON read strictly: each field once and of its exact type, integers only, nothing unknown, errors that tell where."""
+"""Strict parsing of JSON: no unknown or duplicate fields, exact types, no floats; errors name the place."""
 
 import json
 import reprlib
@@ -12,16 +12,16 @@ from loader.errors import FormatError
 
 
 def fail(where: str, what: str, expected: object, got: object) -> NoReturn:
-    """Raise the FormatError of one record."""
+    """Raise a FormatError about one field."""
     raise FormatError(f"{where}: {what}: expected {expected}, got {got}")
 
 
 def load(text: bytes, where: str) -> Any:
-    """Parse JSON that may hold neither floats nor a key twice.
+    """Parse JSON without floats and duplicate keys.
 
     Raises:
-        FormatError: also for text that is not UTF-8, or nested too deeply, or with numbers of thousands of digits, or
-            too large for memory.
+        FormatError: the text is something else: also if it is not UTF-8, is nested too deeply, has numbers of thousands
+            of digits, or does not fit into memory.
     """
 
     def no_floats(number: str) -> NoReturn:
@@ -42,7 +42,7 @@ def load(text: bytes, where: str) -> Any:
 
 
 class Fields:
-    """A JSON object being read: each field is taken once, and `done` holds that none is left."""
+    """A JSON object whose fields are taken one by one; `done` checks that none is left."""
 
     def __init__(self, value: Any, where: str) -> None:
         if type(value) is not dict:
@@ -54,7 +54,7 @@ class Fields:
         return key in self._left
 
     def take(self, key: str, kind: type) -> Any:
-        """The value of a field, which must be there and of exactly that type (True is no integer)."""
+        """Take a field, which must exist and have exactly that type (True is not an integer)."""
         if key not in self._left:
             fail(self.where, key, "this field", "none")
         value = self._left.pop(key)
@@ -63,61 +63,61 @@ class Fields:
         return value
 
     def done(self) -> None:
-        """Fail if there are fields that nobody asked for."""
+        """Raise FormatError if fields are left, which are unknown."""
         if self._left:
             fail(self.where, "fields", "no others", ", ".join(ascii(key[:60]) for key in [*self._left][:5]))
 
     def object(self, key: str) -> "Fields":
-        """A field that is an object."""
+        """Take an object."""
         return Fields(self.take(key, dict), f"{self.where}: {key}")
 
     def objects(self, key: str) -> list["Fields"]:
-        """A field that is a list of objects."""
+        """Take a list of objects."""
         return [Fields(value, f"{self.where}: {key}[{i}]") for i, value in enumerate(self.take(key, list))]
 
     def equal(self, key: str, expected: str | int) -> None:
-        """A field with one allowed value."""
+        """Take a field that must have this value."""
         if (value := self.take(key, type(expected))) != expected:
             fail(self.where, key, repr(expected), _describe(value))
 
     def choice(self, key: str, choices: tuple[str, ...]) -> str:
-        """A field with some allowed values."""
+        """Take a string that must be one of `choices`."""
         value: str = self.take(key, str)
         if value not in choices:
             fail(self.where, key, f"one of {', '.join(choices)}", _describe(value))
         return value
 
     def text(self, key: str) -> str:
-        """A field that is a string."""
+        """Take a string."""
         value = str(self.take(key, str))
-        self._need_utf8(key, value)
+        self._check_utf8(key, value)
         return value
 
     def texts(self, key: str) -> dict[str, str]:
-        """A field that is an object of strings, its keys in ascending order."""
+        """Take an object of strings whose keys are in ascending order."""
         inner = self.object(key)
         texts = {name: inner.text(name) for name in [*inner._left]}
-        self._need_utf8(key, "".join(texts))
+        self._check_utf8(key, "".join(texts))
         if [*texts] != sorted(texts):
             fail(inner.where, "fields", "keys in ascending order", ", ".join(ascii(name[:60]) for name in [*texts][:5]))
         return texts
 
     def digest(self, key: str) -> str:
-        """A field that is a SHA-256."""
+        """Take a SHA-256 in hex."""
         value = self.text(key)
         if not is_digest(value):
             fail(self.where, key, "64 hex digits", _describe(value))
         return value
 
     def integer(self, key: str, low: int, high: int) -> int:
-        """A field that is an integer between low and high, both included."""
+        """Take an integer from low to high, both inclusive."""
         value: int = self.take(key, int)
         if not low <= value <= high:
             fail(self.where, key, f"{low} to {high}", _describe(value))
         return value
 
     def integers(self, key: str, count: int, low: int, high: int) -> NDArray[np.int64]:
-        """A field that is a list of `count` integers between low and high, as int64."""
+        """Take a list of `count` integers from low to high as an int64 array."""
         values = self._column(key, int, count)
         if min(values, default=low) < low or max(values, default=high) > high:
             i, value = next((i, value) for i, value in enumerate(values) if not low <= value <= high)
@@ -125,24 +125,24 @@ class Fields:
         return np.array(values, np.int64)
 
     def strings(self, key: str, count: int | None = None) -> list[str]:
-        """A field that is a list of `count` strings (None: of any number)."""
+        """Take a list of `count` strings; None: of any length."""
         values = self._column(key, str, count)
-        self._need_utf8(key, "".join(values))
+        self._check_utf8(key, "".join(values))
         return values
 
     def digests(self, key: str, count: int) -> list[str]:
-        """A field that is a list of `count` SHA-256."""
+        """Take a list of `count` SHA-256 in hex."""
         values = self.strings(key, count)
         for i, value in enumerate(values):
             if not is_digest(value):
                 fail(self.where, f"{key}[{i}]", "64 hex digits", _describe(value))
         return values
 
-    def _need_utf8(self, key: str, text: str) -> None:
+    def _check_utf8(self, key: str, text: str) -> None:
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # half a surrogate pair: JSON can write it, UTF-8 cannot
-            fail(self.where, key, "text that UTF-8 can hold", ascii(error.object[error.start : error.end]))
+        except UnicodeEncodeError as error:  # a lone surrogate: JSON can express it, UTF-8 cannot
+            fail(self.where, key, "text that UTF-8 can encode", ascii(error.object[error.start : error.end]))
 
     def _column(self, key: str, kind: type, count: int | None) -> list[Any]:
         values: list[Any] = self.take(key, list)
@@ -155,10 +155,10 @@ class Fields:
 
 
 def is_digest(text: str) -> bool:
-    """Whether this is a SHA-256 in lower-case hex."""
+    """Return whether a string is a SHA-256 in lower-case hex."""
     return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 def _describe(value: object) -> str:
-    text = reprlib.repr(value).encode("ascii", "backslashreplace").decode()  # short, whatever it is of
+    text = reprlib.repr(value).encode("ascii", "backslashreplace").decode()
     return f"{type(value).__name__} {text[:60]}"

@@ -49,7 +49,7 @@ def _with_retries(open_file: Callable[[], int]) -> int:
         try:
             return open_file()
         except OSError as error:
-            if error.errno not in CROWDED or not table.relieve():
+            if error.errno not in CROWDED or not table.make_room():
                 raise
 
 

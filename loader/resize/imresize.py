@@ -17,7 +17,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from loader.arguments import as_integer, describe, need
+from loader.arguments import as_integer, describe, require
 from loader.format.layout import SCALES
 from loader.native import compiled
 
@@ -75,8 +75,8 @@ def _check(image: Pixels, scale: int, rounding: str, border: str) -> int:
     whole = as_integer(scale)
     if whole not in SCALES:
         raise ValueError(f"scale: expected one of {SCALES}, got {describe(scale)}")
-    need("rounding", '"uint8" or "double"', rounding, rounding in ("uint8", "double"))
-    need("border", '"symmetric" or "replicate"', border, border in ("symmetric", "replicate"))
+    require("rounding", '"uint8" or "double"', rounding, rounding in ("uint8", "double"))
+    require("border", '"symmetric" or "replicate"', border, border in ("symmetric", "replicate"))
     return whole
 
 

@@ -1,24 +1,24 @@
-"""Threads that serve until they are told to end, and never need to be waited for."""
+"""Long-lived worker threads that a finaliser can stop without waiting for them."""
 
 import threading
 from collections.abc import Callable
 
 from loader.errors import ShardsError
 
-_BOOKKEEPING = 1.0  # seconds at most for `threading` to forget a thread whose work is done
+_BOOKKEEPING = 1.0  # seconds to wait for `threading` to unregister a finished thread
 
 
 class Crew:
-    """Daemon threads that all run one function; the last of them to return runs another one.
+    """Daemon threads that all run one function; the last one to return runs another.
 
-    Daemon threads: others would keep the interpreter from ending while something still refers to an iterator.
-    Whatever owns a crew tells `work` to return by a `queue.SimpleQueue`, whose `put` is reentrant. That is all that a
-    finaliser may do: the garbage collector runs it in any thread, in the midst of anything, under any lock.
+    Non-daemon threads would keep the interpreter alive as long as anything refers to an iterator. The owner makes
+    `work` return through a `queue.SimpleQueue`, whose `put` is reentrant. A finaliser must not do more: the garbage
+    collector may run it in any thread, at any point, while any lock is held.
 
     Args:
-        name: of the threads.
-        work: takes what there is to do from a queue; raises nothing.
-        finish: lets go of what the threads used.
+        name: name of the threads.
+        work: takes jobs from a queue until told to return; must not raise.
+        finish: releases what the threads used.
     """
 
     def __init__(self, name: str, work: Callable[[], None], finish: Callable[[], None]) -> None:
@@ -27,16 +27,16 @@ class Crew:
         self._growing = threading.Lock()
 
     def grow(self, count: int) -> None:
-        """Have that many threads, or as many of them as the system allows.
+        """Start threads until there are `count`, or as many as the system allows.
 
         Raises:
-            ShardsError: it does not allow a single one.
+            ShardsError: not even one thread can be started.
         """
         if len(self._threads) >= count:
             return
         with self._growing:
             while len(self._threads) < count:
-                # The thread knows the shift alone: a crew, and its owner, can go while threads are at work.
+                # Threads refer to the shift only, so a crew and its owner can be collected while threads run.
                 thread = _Worker(target=self._shift.run, name=self._name, daemon=True)
                 self._shift.begin()
                 try:
@@ -45,16 +45,16 @@ class Crew:
                     self._shift.withdraw()
                     if self._threads:
                         return
-                    raise ShardsError(f"{self._name}: expected a thread of its own, got: {error}") from error
+                    raise ShardsError(f"{self._name}: expected to start a thread, got: {error}") from error
                 self._threads.append(thread)
 
     def wait(self) -> None:
-        """Wait until all threads have ended, and raise what `finish` raised. They must have been told to end."""
+        """Wait until all threads have ended, and raise what `finish` raised. They must have been told to return."""
         if not self._threads:
             self._shift.finish()
         self._shift.ended.wait()
         for thread in self._threads:
-            # It has ended but for its entry in a table of `threading`, under a lock that our caller may hold.
+            # Its work is done; unregistering it may need a lock that our caller holds, so the wait is limited.
             thread.join(_BOOKKEEPING)
         if error := self._shift.error:
             self._shift.error = None
@@ -62,9 +62,9 @@ class Crew:
 
 
 def is_worker() -> bool:
-    """Whether this thread is one of a crew. It then runs a stranger's finaliser, perhaps, and must not wait for others.
+    """Return whether this thread belongs to a crew. A finaliser that runs in one must not wait for other threads.
 
-    (The garbage collector runs such in any thread: in one, say, for which another one waits that is to be waited for.)
+    The garbage collector runs finalisers in any thread, so waiting could be a deadlock.
     """
     return isinstance(threading.current_thread(), _Worker)
 
@@ -74,7 +74,7 @@ class _Worker(threading.Thread):
 
 
 class _Shift:
-    """What the threads of a crew have in common."""
+    """The state shared by the threads of a crew."""
 
     def __init__(self, work: Callable[[], None], finish: Callable[[], None]) -> None:
         self.ended = threading.Event()
@@ -88,13 +88,13 @@ class _Shift:
             self._running += 1
 
     def withdraw(self) -> bool:
-        """Count a thread out; whether it was the last one."""
+        """Count a thread as ended; return whether it was the last one."""
         with self._guard:
             self._running -= 1
             return self._running == 0
 
     def run(self) -> None:
-        """What each thread does."""
+        """Run `work`, then `finish` if this was the last thread."""
         try:
             self._work()
         finally:
@@ -102,10 +102,10 @@ class _Shift:
                 self.finish()
 
     def finish(self) -> None:
-        """Let go of what was used."""
+        """Run `finish`, and keep its error for `wait`."""
         try:
             self._finish()
-        except BaseException as error:  # for who waits; nobody may
+        except BaseException as error:  # `wait` raises it, if it is called at all
             self.error = error
         finally:
             self.ended.set()

@@ -1,7 +1,7 @@
-"""Descriptors of shards: as many are kept as the process can spare, whatever the number of shards.
+"""A cache of open shards, so that a dataset can have more shards than the process may have descriptors.
 
-All datasets of a process share one table. A shard that is to be read and is not open takes the place of the one that
-was read longest ago; a shard that is being read keeps its descriptor.
+All datasets of a process share one table. Opening a shard closes the least recently used one if necessary; shards being
+read stay open.
 """
 
 import errno
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from weakref import WeakSet
 
-MOST = 1024  # descriptors worth keeping, wherever the limit is
+MOST = 1024  # more open shards gain nothing
 FEWEST = 4
 RESERVE = 16  # descriptors left to the rest of the process
 CROWDED = (errno.EMFILE, errno.ENFILE)
@@ -21,24 +21,24 @@ _clock = itertools.count()
 
 
 class OpenFile:
-    """A descriptor that is closed when it is dropped."""
+    """A descriptor that is closed when the object is collected."""
 
     def __init__(self, descriptor: int, name: str) -> None:
         self.descriptor, self.name = descriptor, name
-        self.users, self.used = 0, 0  # reads under way; when the last one began
+        self.users, self.used = 0, 0  # reads in progress; when the last one began
 
     def close(self, close: Callable[[int], None] = os.close) -> None:
-        """Close it, once; OSError naming the file if that fails."""
+        """Close the descriptor, once; raise OSError naming the file if that fails."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor < 0:
             return
         try:
             close(descriptor)
-        except OSError as error:  # closed nevertheless: Linux never leaves a descriptor open
+        except OSError as error:  # Linux closes the descriptor even if close fails
             raise OSError(error.errno, error.strerror, self.name) from None
 
     def __del__(self) -> None:
-        # No lock, and nothing to wait for: this runs wherever the garbage collector does.
+        # Takes no lock and waits for nothing: the garbage collector may run this anywhere.
         with suppress(OSError):
             self.close()
 
@@ -48,20 +48,20 @@ class Table:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._files: WeakSet[OpenFile] = WeakSet()  # their datasets hold them
+        self._files: WeakSet[OpenFile] = WeakSet()  # owned by the datasets' caches
         self._opening = 0
         self._most: int | None = None
         self._raised = False
 
     @contextmanager
     def use(self, cache: dict[int, OpenFile], key: int, name: str, open_file: Callable[[], int]) -> Iterator[int]:
-        """Give the descriptor of a file for the time of a read.
+        """Yield the descriptor of a file for one read.
 
         Args:
-            cache: where the files of a dataset are kept.
-            key: of the file in the cache.
-            name: of the file, for messages.
-            open_file: opens it, where it is not open; it needs two descriptors for that time.
+            cache: the open files of a dataset.
+            key: the file's key in the cache.
+            name: the file's name, for messages.
+            open_file: opens the file; may use two descriptors while it runs.
         """
         file = self._found(cache, key) or self._opened(cache, key, name, open_file)
         try:
@@ -71,8 +71,8 @@ class Table:
                 file.users -= 1
                 self._changed.notify_all()
 
-    def relieve(self) -> bool:
-        """Make it likelier that a file can be opened, after an attempt that failed; False if all was tried."""
+    def make_room(self) -> bool:
+        """Free descriptors after a file could not be opened; return False if there are none left to free."""
         with self._changed:
             if self._raise_limit():
                 return True
@@ -80,9 +80,9 @@ class Table:
             return any(closed)
 
     def forget(self) -> None:
-        """In a process that was forked: close what was inherited, and forget who used it."""
+        """Close inherited files and reset the table, in a forked child."""
         inherited = self._open()
-        self.__init__()  # type: ignore[misc]  # a lock may be held by a thread that was not forked
+        self.__init__()  # type: ignore[misc]  # the lock may be held by a thread that does not exist here
         for file in inherited:
             with suppress(OSError):
                 file.close()
@@ -98,18 +98,18 @@ class Table:
     def _opened(self, cache: dict[int, OpenFile], key: int, name: str, open_file: Callable[[], int]) -> OpenFile:
         with self._changed:
             while not self._has_room():
-                self._changed.wait(0.1)  # files of datasets that are dropped leave without a word
+                self._changed.wait(0.1)  # files of collected datasets are closed without a notification
             self._opening += 1
         file = OpenFile(-1, name)
         try:
-            file.descriptor = open_file()  # others may read meanwhile
+            file.descriptor = open_file()  # without the lock: other threads go on reading
         finally:
             with self._changed:
                 self._opening -= 1
                 if file.descriptor >= 0:
                     self._files.add(file)
                     file.users, file.used = 1, next(_clock)
-                    # Another thread may have opened it as well. Then that one stays, and this one goes after its use.
+                    # If another thread opened the file as well, keep that one, and close this one after its read.
                     kept = cache.get(key)
                     if kept is None or kept.descriptor < 0:
                         cache[key] = file
@@ -118,25 +118,25 @@ class Table:
 
     def _open(self) -> list[OpenFile]:
         while True:
-            # A thread that drops a dataset takes no lock, and may shrink the set while it is copied: WeakSet guards
-            # against that only within one thread.
+            # A dataset collected in another thread may shrink the set while it is copied; WeakSet guards against that
+            # within one thread only.
             with suppress(RuntimeError):
                 return list(self._files)
 
     def _has_room(self) -> bool:
-        """Whether a file more may be opened, with others closed for it where need be."""
+        """Return whether one more file may be opened, closing idle ones if necessary."""
         if self._most is None:
             self._most = _spare()
         if self._needed() > self._most:
             self._raise_limit()
         while self._needed() > self._most:
             if not self._close_one():
-                # At least one file can be read at a time, however low the limit.
+                # However low the limit, one file can always be open.
                 return not self._opening and not any(file.users for file in self._open())
         return True
 
     def _needed(self) -> int:
-        """Descriptors in use, once a file more has been opened; opening one takes two."""
+        """Return the descriptors in use if one more file is opened; opening takes two."""
         return sum(file.descriptor >= 0 for file in self._open()) + 2 * (self._opening + 1)
 
     def _close_one(self) -> bool:
@@ -148,7 +148,7 @@ class Table:
         return True
 
     def _raise_limit(self) -> bool:
-        """Raise the soft limit of this process to the hard one, the first time that it is in the way."""
+        """Raise the soft limit to the hard one, once, when it is first reached."""
         if self._raised:
             return False
         self._raised = True
@@ -163,12 +163,12 @@ class Table:
 
 
 def limit() -> int:
-    """How many descriptors this process may have now."""
+    """Return how many descriptors this process may have."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _spare() -> int:
-    """Descriptors that nobody else needs."""
+    """Return how many descriptors this process does not need for anything else."""
     soft = limit()
     if soft == resource.RLIM_INFINITY:
         return MOST

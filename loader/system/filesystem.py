@@ -1,26 +1,26 @@
-"""What a folder lies on, how much the kernel reads at one word of advice, and whether it still reads at all."""
+"""Facts about storage: a folder's file system, the size limit of page advice, and whether reads still reach a disk."""
 
 import os
 import re
 import resource
 from pathlib import Path
 
-# Types of file systems on which a read is a message: mapped pages there are fetched in small requests. Those of FUSE
-# (sshfs, goofys, gcsfuse, …) begin with "fuse".
+# File systems that turn reads into network requests, and page faults into many small ones. The names of those based on
+# FUSE (sshfs, goofys, gcsfuse, …) begin with "fuse".
 NETWORK = {
     "9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "panfs", "pvfs2",
     "smb2", "smb3", "smbfs", "virtiofs", "wekafs",
 }  # fmt: skip
-KERNEL_DEFAULT = 128 << 10  # Linux's read_ahead_kb where nobody set it
+DEFAULT_READ_AHEAD = 128 << 10  # bytes; Linux's default read_ahead_kb
 
 
 def file_system(folder: Path) -> str:
-    """The type of the file system that a folder lies on, as the mount table names it; "unknown" without a table."""
+    """Return the type of a folder's file system from the mount table, or "unknown" if there is no table."""
     try:
         table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return "unknown"
-    # A mount that died does not resolve, and need not: realpath goes as far as it can.
+    # realpath resolves as far as it can, even on a dead mount.
     place, best = Path(os.path.realpath(folder)), (-1, "unknown")
     for line in table.split("\n"):
         mount, _, rest = line.partition(" - ")
@@ -28,32 +28,32 @@ def file_system(folder: Path) -> str:
             continue
         # Spaces and the like are written as octal escapes (proc(5)).
         point = Path(re.sub(r"\\([0-3][0-7]{2})", lambda match: chr(int(match[1], 8)), mount.split(" ")[4]))
-        if place.is_relative_to(point) and len(point.parts) >= best[0]:  # later lines are mounted over earlier ones
+        if place.is_relative_to(point) and len(point.parts) >= best[0]:  # later lines are mounted on top
             best = (len(point.parts), rest.split(" ")[0])
     return best[1]
 
 
 def is_network(folder: Path) -> bool:
-    """Whether reads in a folder travel over a network, or through FUSE, as far as the mount table tells."""
+    """Return whether the mount table says that a folder is on a network file system, or on FUSE."""
     kind = file_system(folder)
     return kind in NETWORK or kind.startswith("fuse")
 
 
 def advice_limit(folder: Path) -> int:
-    """Bytes that one word of advice (MADV_WILLNEED) makes the kernel read; it drops what goes beyond."""
+    """Return how many bytes one MADV_WILLNEED call reads in this folder; the system ignores the rest of the range."""
     try:
         device = folder.stat().st_dev
         path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
-        return max(int(path.read_text()) << 10, KERNEL_DEFAULT)
+        return max(int(path.read_text()) << 10, DEFAULT_READ_AHEAD)
     except (OSError, ValueError):
-        return KERNEL_DEFAULT
+        return DEFAULT_READ_AHEAD
 
 
 class StorageWatch:
-    """Tells whether this process still reads from storage, by the system's own counts.
+    """Detects whether this process still reads from storage, from counters of the system.
 
-    Looked at once a batch. After QUIET looks without a byte read nor a page fault that waited for storage, it is taken
-    that all is in memory. A fault shows that it is not, and counts for longer.
+    Queried once per batch. After QUIET queries without bytes read or major page faults, everything is assumed to be in
+    memory. Major faults restart the count at -ALARM.
     """
 
     QUIET = 16
@@ -64,7 +64,7 @@ class StorageWatch:
         self._seen = storage_reads()
 
     def storage_in_use(self) -> bool:
-        """Whether it was read of late; True where the system does not count."""
+        """Return whether anything was read recently; True if the system has no counters."""
         seen, before = storage_reads(), self._seen
         if seen is None or before is None:
             return True
@@ -79,7 +79,7 @@ class StorageWatch:
 
 
 def storage_reads() -> tuple[int, int] | None:
-    """Page faults of this process that waited for storage, and bytes it had read from there; None if nobody counts."""
+    """Return this process's major page faults and bytes read from storage, or None without counters."""
     try:
         text = Path("/proc/self/io").read_text()
     except OSError:

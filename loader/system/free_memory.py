@@ -1,16 +1,19 @@
-"""How much memory there is left, before the kernel kills a process for taking more."""
+"""Available memory, from the machine and its cgroups."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-SLACK = 1 << 60  # cgroups without a limit show none, or one larger than any machine
+NO_LIMIT = 1 << 60  # bytes: cgroups (v1) without a limit report one larger than any machine
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes of memory that this process and its children may take: the machine's, or its cgroups' if less.
+    """Return how many bytes this process and its children may still allocate, on this machine and in its cgroups.
 
-    Pages of files count as free, since they are dropped on demand. None: the system does not tell.
+    The page cache counts as available. None: the system does not report it.
+
+    Args:
+        root: where /proc and /sys are; other values are for tests.
     """
     return min([*_machine(root), *_cgroups(root)], default=None)
 
@@ -22,7 +25,7 @@ def _machine(root: Path) -> Iterator[int]:
 
 
 def _cgroups(root: Path) -> Iterator[int]:
-    """What is left of each limit on the way up from this process's group (cgroups, versions 1 and 2)."""
+    """Yield what is left of the limit of each cgroup (v1 and v2) from this process's up to the root."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, inner = line.split(":", 2)
         if controllers == "":
@@ -35,7 +38,7 @@ def _cgroups(root: Path) -> Iterator[int]:
         group = top / inner.strip("/")
         for place in (group, *group.parents):
             numbers = [line for name in (limit, used) for line in _lines(place / name)]
-            if len(numbers) == 2 and all(number.isdigit() for number in numbers) and int(numbers[0]) < SLACK:
+            if len(numbers) == 2 and all(number.isdigit() for number in numbers) and int(numbers[0]) < NO_LIMIT:
                 stat = dict(line.split() for line in _lines(place / "memory.stat"))
                 files = sum(int(stat.get(f"{cache}{kind}_file", 0)) for kind in ("active", "inactive"))
                 yield max(int(numbers[0]) - int(numbers[1]) + files, 0)

@@ -1,14 +1,14 @@
-"""What the shell's limits (`ulimit`) leave to this process."""
+"""Resource limits of this process (`ulimit`)."""
 
 import resource
 import threading
 from pathlib import Path
 
-PER_THREAD = 160 << 20  # bytes of address space: a stack, and a heap of malloc's
+PER_THREAD = 160 << 20  # bytes of address space: a stack, and a malloc arena
 
 
 def address_space() -> int | None:
-    """Return the bytes of address space that this process may still map (`ulimit -v`); None if there is no limit."""
+    """Return how many bytes this process may still map (`ulimit -v`), or None without a limit."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return None
@@ -20,18 +20,18 @@ def address_space() -> int | None:
 
 
 def affordable_threads(threads: int) -> int:
-    """Return how many of so many threads there is address space for.
+    """Return how many threads there is address space for, up to `threads`.
 
-    Beyond that, threads may not start, or die before they tell that they have started, and are waited for forever.
+    A thread beyond that may die before it signals that it has started, and its creator then waits forever.
     """
     space = address_space()
     return threads if space is None else min(threads, space // (2 * PER_THREAD))
 
 
 def startable_threads(wanted: int) -> int:
-    """Return how many threads the system lets this process have at once, up to `wanted`.
+    """Return how many threads this process can start, up to `wanted`, by starting them.
 
-    Found out by trying, but for `ulimit -v`: a thread that dies for want of memory may be waited for without end.
+    The limit of address space is computed beforehand: see `affordable_threads`.
     """
     wanted = affordable_threads(wanted)
     release = threading.Event()

@@ -1,7 +1,7 @@
-"""Files mapped into memory without a descriptor of their own: a dataset may have more shards than descriptors.
+"""Memory maps that hold no descriptor, so that a dataset can have more shards than the process may have descriptors.
 
-Python's `mmap` duplicates the descriptor and keeps it while the mapping lives (3.13 can be told not to). So libc's is
-called, in all versions alike; it leaves the descriptor to us, and we close it once the file is mapped.
+Python's `mmap` keeps a duplicate of the descriptor while the map exists (3.13 can omit it). libc's mmap, used here for
+all versions, does not: the file can be closed once it is mapped.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 def map_file(descriptor: int, length: int) -> NDArray[np.uint8]:
-    """The first `length` bytes of a file as a read-only array; views of it keep it mapped.
+    """Map the first `length` bytes of a file and return them as a read-only array; views keep the map alive.
 
     Raises:
         OSError: the file cannot be mapped.
@@ -31,12 +31,12 @@ def map_file(descriptor: int, length: int) -> NDArray[np.uint8]:
 
 
 def advise(address: int, length: int, advice: int) -> None:
-    """Give the kernel advice (mmap.MADV_*) about mapped pages; it may not take it."""
+    """Call madvise on mapped pages with `advice` (mmap.MADV_*). The system may ignore it."""
     libc.madvise(address, length, advice)
 
 
 class _Mapping:
-    """A range of memory, unmapped when the last array over it is gone; numpy reads where it is from the interface."""
+    """A memory map, unmapped with the last array that views it; exported to numpy by its array interface."""
 
     def __init__(self, descriptor: int, length: int) -> None:
         address = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)

@@ -1,9 +1,9 @@
-"""Open, read and write files that a stranger may have prepared; the one place of the project that does.
+"""Safe access to files in shared folders, where someone else may have planted links, pipes or huge files.
 
-Two kinds of paths are told apart. A *member* is a name that we form ourselves inside a folder that may be shared: an
-index, a shard, a record, a lock. It is never a link out of that folder, nor a pipe or a device. A *named* path comes
-from the user, who may point it at a link; what it leads to must still be a regular file. No function waits for the
-other end of a pipe, and none reads more bytes than its caller allows.
+There are two kinds of paths. A *member* is a name that we choose inside a folder, which may be shared: an index, a
+shard, a record, a lock. It must be a regular file, and not a link out of that folder. A *named* path comes from the
+user; links are followed, but must lead to a regular file. No function blocks on a pipe or reads more bytes than its
+caller allows.
 """
 
 import errno
@@ -13,122 +13,129 @@ import secrets
 import stat
 from pathlib import Path
 
+from loader.errors import ShardsError, one_line
+
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
-class UnsafeFileError(OSError):
-    """A path that leads to something other than the file expected there; `strerror` says to what."""
+class UnsafeFileError(OSError, ShardsError):
+    """A path that leads to something other than the expected file; `strerror` says to what."""
+
+    def __init__(self, code: int, got: str, path: Path | str) -> None:
+        OSError.__init__(self, code, got, str(path))
+
+    def __str__(self) -> str:
+        return one_line(f"{self.filename}: {self.strerror}")
 
 
 def open_member(path: Path) -> int:
-    """Open a file of ours for reading and return its descriptor.
-
-    A link is followed only to a regular file of the same folder.
+    """Open a member for reading and return its descriptor. Links are followed only within the folder.
 
     Raises:
-        UnsafeFileError: the path is a link out of its folder, or no regular file.
-        OSError: it cannot be opened.
+        UnsafeFileError: the path is a link out of its folder, or not a regular file.
+        OSError: the file cannot be opened.
     """
     try:
         return _regular(os.open(path, _READ | os.O_NOFOLLOW), path)
     except OSError as error:
         if error.errno != errno.ELOOP or isinstance(error, UnsafeFileError):
             raise
-    # Path.resolve raises RuntimeError for a link that leads to itself.
+    # Unlike realpath, Path.resolve raises RuntimeError for a link to itself.
     target = Path(os.path.realpath(path))
     if target.parent != Path(os.path.realpath(path.parent)):
-        raise UnsafeFileError(errno.ELOOP, f"a link to {path.readlink()}", str(path))
+        raise UnsafeFileError(errno.ELOOP, f"a link to {path.readlink()}", path)
     return _regular(os.open(target, _READ | os.O_NOFOLLOW), path)
 
 
 def open_named(path: Path) -> int:
-    """Open a file that the user named for reading, links followed, and return its descriptor.
+    """Open a file named by the user for reading, following links, and return its descriptor.
 
     Raises:
-        UnsafeFileError: it is no regular file.
-        OSError: it cannot be opened.
+        UnsafeFileError: the path does not lead to a regular file.
+        OSError: the file cannot be opened.
     """
     return _regular(os.open(path, _READ), path)
 
 
 def open_own(path: Path) -> int:
-    """Open for reading a file that nobody but this user can have made, and return its descriptor.
+    """Open a member that only this user can have created for reading, and return its descriptor.
 
     Raises:
-        UnsafeFileError: it is a link, no regular file, has a second name, or belongs to another user.
-        OSError: it cannot be opened.
+        UnsafeFileError: the path is a link, is not a regular file, has hard links, or belongs to another user.
+        OSError: the file cannot be opened.
     """
     descriptor = _regular(os.open(path, _READ | os.O_NOFOLLOW), path)
     found = os.fstat(descriptor)
     if found.st_nlink == 1 and is_own(found, path.parent):
         return descriptor
     os.close(descriptor)
-    what = f"a file of {found.st_nlink} names" if found.st_nlink != 1 else f"a file of user {found.st_uid}"
-    raise UnsafeFileError(errno.EPERM, what, str(path))
+    what = f"a file with {found.st_nlink} names" if found.st_nlink != 1 else f"a file of user {found.st_uid}"
+    raise UnsafeFileError(errno.EPERM, what, path)
 
 
 def is_own(found: os.stat_result, folder: Path) -> bool:
-    """Whether a file or folder, found in `folder`, belongs to whoever owns the files that this process makes there.
+    """Return whether a file or folder found in `folder` has the owner that files created by this process get there.
 
-    That is this user, or nobody in particular: where a server maps users to others (root_squash, CIFS with `uid=`), a
-    new file tells.
+    That is usually this user, but servers may map users (root_squash, CIFS with `uid=`): a temporary file shows how.
     """
     return found.st_uid == os.geteuid() or found.st_uid == _owner_of_new_files(folder)
 
 
 def open_exclusive(path: Path, mode: int = 0o666) -> int:
-    """Create a file for reading and writing, and return its descriptor; whatever is at `path` is left alone.
+    """Create a file for reading and writing, and return its descriptor.
 
     Raises:
-        FileExistsError: something is there already, be it a link that leads nowhere.
-        OSError: it cannot be created.
+        FileExistsError: something exists at `path`, even a dangling link; it is not touched.
+        OSError: the file cannot be created.
     """
     return os.open(path, _NEW, mode)
 
 
 def open_to_write(path: Path, flags: int = os.O_WRONLY | os.O_APPEND) -> int:
-    """Open a file of ours for writing, made if it is not there, and return its descriptor; no link is followed.
+    """Open a member for writing, creating it if necessary, and return its descriptor. Links are not followed.
 
-    `flags` say how to write: by default after what is there.
+    Args:
+        path: the member.
+        flags: how to open it; by default, to append.
 
     Raises:
-        UnsafeFileError: the path is a link, no regular file, or another name of a file that may be elsewhere.
-        OSError: it cannot be opened.
+        UnsafeFileError: the path is a link, is not a regular file, or has hard links, which may lie elsewhere.
+        OSError: the file cannot be opened.
     """
     try:
         descriptor = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise UnsafeFileError(errno.ELOOP, "a link, where a file is written", str(path)) from None
+        raise UnsafeFileError(errno.ELOOP, "a link, which is not written through", path) from None
     if os.fstat(_regular(descriptor, path)).st_nlink > 1:
         os.close(descriptor)
-        raise UnsafeFileError(errno.EMLINK, "a file of several names, where one is written", str(path))
+        raise UnsafeFileError(errno.EMLINK, "a file with several names, which is not written to", path)
     return descriptor
 
 
 def read_member(path: Path, limit: int) -> bytes:
-    """Return the content of a file of ours; see `open_member`. OSError (EFBIG) if it has more than `limit` bytes."""
+    """Return the content of a member (`open_member`); raise UnsafeFileError (EFBIG) beyond `limit` bytes."""
     return _read(open_member(path), path, limit)
 
 
 def read_named(path: Path, limit: int) -> bytes:
-    """Return the content of a file that the user named; see `open_named`. OSError (EFBIG) beyond `limit` bytes."""
+    """Return the content of a file named by the user (`open_named`); raise UnsafeFileError (EFBIG) beyond `limit`."""
     return _read(open_named(path), path, limit)
 
 
 def read_own(path: Path, limit: int) -> bytes:
-    """Return the content of a file that only this user can have made; see `open_own`. OSError beyond `limit` bytes."""
+    """Return the content of a file created by this user (`open_own`); raise UnsafeFileError (EFBIG) beyond `limit`."""
     return _read(open_own(path), path, limit)
 
 
 def write_staged(path: Path, data: bytes) -> None:
-    """Write `data` to a new file and have it on the disk. What was at `path`, a link too, is removed first.
+    """Write `data` to a new file and sync it to disk. Whatever was at `path`, even a link, is removed first.
 
     Raises:
-        OSError: it cannot be written; nothing of ours is left at `path` then.
+        OSError: the file cannot be written; `path` does not exist then.
     """
     path.unlink(missing_ok=True)
     with os.fdopen(open_exclusive(path), "wb") as file:
@@ -142,12 +149,12 @@ def write_staged(path: Path, data: bytes) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file at `path` with `data`: a reader, now or after a crash, sees all of the old or all of the new.
+    """Replace the file at `path` by rename: readers see all of the old or all of the new content, even after a crash.
 
     Raises:
-        OSError: naming `path`; it is as it was then, and nothing is left beside it.
+        OSError: the error, naming `path`, which is unchanged; no temporary file is left.
     """
-    temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # short, however long the name is
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # short, even if the name is as long as allowed
     try:
         write_staged(temporary, data)
         temporary.replace(path)
@@ -161,7 +168,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where the file system can."""
+    """Sync the entries of a folder to disk, if the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -173,7 +180,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def describe_kind(mode: int) -> str:
-    """Name what a file mode (`st_mode`) stands for, where it is no regular file: "a pipe", "a folder", …"""
+    """Return the kind of file that a mode (`st_mode`) of no regular file stands for: "a pipe", "a folder", …"""
     return _KINDS.get(stat.S_IFMT(mode), "a device")
 
 
@@ -196,12 +203,12 @@ def _regular(descriptor: int, path: Path) -> int:
     if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
-    raise UnsafeFileError(errno.EINVAL, f"{describe_kind(mode)}, no regular file", str(path))
+    raise UnsafeFileError(errno.EINVAL, f"{describe_kind(mode)}, not a regular file", path)
 
 
 def _read(descriptor: int, path: Path, limit: int) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise UnsafeFileError(errno.EFBIG, f"more than {limit} bytes", str(path))
+        raise UnsafeFileError(errno.EFBIG, f"more than {limit} bytes", path)
     return data

@@ -1,4 +1,4 @@
-"""Python processes that take nothing from the working directory."""
+"""Starting Python processes that import nothing from the working directory."""
 
 import contextlib
 import os
@@ -9,9 +9,9 @@ _SWITCH = "PYTHONSAFEPATH"
 
 @contextlib.contextmanager
 def safe_path() -> Iterator[None]:
-    """Start processes of multiprocessing here: a user's `random.py` is not taken for the standard library's.
+    """Keep processes that multiprocessing starts in this context from importing a `random.py` of the user.
 
-    They begin as `python -c`, which looks for modules in the working directory first.
+    They start as `python -c`, which searches the working directory before the standard library.
     """
     before = os.environ.get(_SWITCH)
     os.environ[_SWITCH] = "1"

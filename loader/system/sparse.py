@@ -1,4 +1,4 @@
-"""How much data there really is in files, which may claim any length: holes take no room on a disk."""
+"""How much data files hold: a sparse file can claim any length."""
 
 import errno
 import os
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from loader.system.safefile import open_member
 
-EXTENTS = 1 << 20  # stretches of data that are looked at, at most
+EXTENTS = 1 << 20  # how many extents are examined at most
 
 
 def stored_bytes(folder: Path, start: str, enough: int) -> int:
-    """Return the bytes of data in the files of a folder whose names begin with `start`; counting ends at `enough`.
+    """Return the bytes of data in a folder's files whose names begin with `start`; stop counting at `enough`.
 
-    What is no regular file of this folder does not count.
+    Only regular files count, and no links out of the folder.
     """
     found, looks = 0, iter(range(EXTENTS))
     for path in sorted(path for path in folder.iterdir() if path.name.startswith(start)):
@@ -31,10 +31,10 @@ def stored_bytes(folder: Path, start: str, enough: int) -> int:
 
 
 def _data(descriptor: int, enough: int, looks: Iterator[int]) -> int:
-    """The bytes of a file outside of holes, as far as its file system tells, or more than `enough` of them.
+    """Return the bytes of a file outside holes, or more than `enough`.
 
-    Allocated blocks (`st_blocks`) would not do: file systems report them late, compressed, or not at all. One that
-    knows nothing of holes takes the whole file for data.
+    Allocated blocks (`st_blocks`) are no substitute: file systems report them late, compressed, or not at all. Without
+    support for holes, the whole file counts as data.
     """
     length, at, found = os.fstat(descriptor).st_size, 0, 0
     for _ in looks:
@@ -42,7 +42,7 @@ def _data(descriptor: int, enough: int, looks: Iterator[int]) -> int:
             start = os.lseek(descriptor, at, os.SEEK_DATA)
             stop = os.lseek(descriptor, start, os.SEEK_HOLE)
         except OSError as error:
-            return found if error.errno == errno.ENXIO else found + length - at  # ENXIO: there is only a hole left
+            return found if error.errno == errno.ENXIO else found + length - at  # ENXIO: only a hole is left
         found, at = found + stop - start, stop
         if found >= enough or at >= length:
             break

@@ -1,4 +1,4 @@
-"""Threads that wait for storage, as many as the system gives."""
+"""Map a function over threads, for work that waits for storage."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,11 +16,16 @@ def in_threads(
     threads: int,
     stop: Callable[[], object] = lambda: None,
 ) -> Iterator[Result]:
-    """Yield the results, in order, of a function that waits for storage. An error or interrupt leaves the rest.
+    """Yield a function's results for items, in order, computed by up to `threads` threads.
 
-    Where no thread can be started (`ulimit -u`, `ulimit -v`) this one does the work; an item may then be done twice.
+    After an error, an interrupt or `close`, items not yet started are dropped. If no thread can be started
+    (`ulimit -u`, `ulimit -v`), the calling thread does the work; an item may then be computed twice.
 
-    `stop` is called before waiting for the items still in progress, so that a long-running function can end early.
+    Args:
+        function: is called from several threads at once.
+        items: its arguments.
+        threads: how many threads to use at most.
+        stop: called before waiting for items still in progress, to let a long-running function end early.
     """
     if (threads := affordable_threads(threads)) == 0:
         yield from map(function, items)

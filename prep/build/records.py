@@ -63,9 +63,9 @@ def parse_bad(fields: Fields) -> Bad:
     """
     bad = Bad(fields.text("image"), fields.text("source"), fields.text("reason"))
     if not fmt.is_image_name(bad.image):
-        fail(fields.where, "image", "the stem of a file's name", ascii(bad.image[:80]))
+        fail(fields.where, "image", "the stem of a file name", ascii(bad.image[:80]))
     if not fmt.is_source_name(bad.source):
-        fail(fields.where, "source", "a path within the folder of sources", ascii(bad.source[:80]))
+        fail(fields.where, "source", "a path within the source folder", ascii(bad.source[:80]))
     if len(bad.reason) > MAX_TEXT:
         fail(fields.where, "reason", f"at most {MAX_TEXT} characters", len(bad.reason))
     fields.done()

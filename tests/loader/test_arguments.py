@@ -1,4 +1,4 @@
-"""Whole-number arguments: what counts as one, and what the message says where it does not."""
+"""Checks of arguments: which values are accepted, and the messages for others."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def test_whole_numbers(value: Any) -> None:
      torch.tensor(True), torch.tensor([3]), b"3", slice(3), 1j, type],
     ids=repr,
 )  # fmt: skip
-def test_what_is_no_whole_number(value: Any) -> None:
+def test_other_types_are_refused(value: Any) -> None:
     with pytest.raises(TypeError, match=r"^n: expected a whole number, 0 or more, got .") as caught:
         whole("n", value, 0)
     assert str(caught.value).isprintable()
@@ -39,7 +39,7 @@ def test_bounds() -> None:
         whole("n", 0, 1)
     with pytest.raises(ValueError, match="^n: expected 1 to 5, got 6$"):
         whole("n", np.int64(6), 1, 5)
-    with pytest.raises(ValueError, match="^n: expected 1 to 5, got "):  # more digits than Python prints
+    with pytest.raises(ValueError, match="^n: expected 1 to 5, got "):  # more digits than Python converts to text
         whole("n", 10**5000, 1, 5)
 
 

@@ -315,7 +315,7 @@ def test_what_a_folder_lies_on_when_its_mount_has_died(tmp_path: Path, monkeypat
         raise OSError(107, "Transport endpoint is not connected", str(self))
 
     monkeypatch.setattr(Path, "stat", dead)
-    assert storage_module.advice_limit(tmp_path) == storage_module.KERNEL_DEFAULT
+    assert storage_module.advice_limit(tmp_path) == storage_module.DEFAULT_READ_AHEAD
     monkeypatch.undo()
     (tmp_path / "loop").symlink_to("loop")
     assert storage_module.file_system(tmp_path / "loop" / "x") == storage_module.file_system(tmp_path)

@@ -1,4 +1,4 @@
-"""A dataset may have more shards than the process may have files; what is dropped leaves nothing open or mapped."""
+"""Datasets may have more shards than the process may open files; collected datasets leave nothing open or mapped."""
 
 import errno
 import gc
@@ -30,7 +30,7 @@ COUNT = 1000
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A thousand shards of one image of 16 × 16 each, every one of another colour."""
+    """A thousand shards with one image of 16 × 16 each, all of different colours."""
     folder = tmp_path_factory.mktemp("many")
     length = 2 * PAGE
     for i in range(COUNT):
@@ -91,7 +91,7 @@ def check(batches):
 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
-def test_a_thousand_shards_and_forty_files(many: Path, io: str) -> None:
+def test_thousand_shards_with_forty_descriptors(many: Path, io: str) -> None:
     code = (
         READ_ALL.format(folder=str(many), soft=40, hard=40)
         + f"""
@@ -100,7 +100,7 @@ check(loader)
 images = ImageDataset({str(many)!r}, 2)
 for i in range(0, 1000, 7): images[i]
 assert len(os.listdir("/proc/self/fd")) <= 40
-free = [os.open("/dev/null", os.O_RDONLY) for _ in range(8)]  # some are left to the rest of the process
+free = [os.open("/dev/null", os.O_RDONLY) for _ in range(8)]  # descriptors for the rest of the process
 print("read")
 """
     )
@@ -109,7 +109,7 @@ print("read")
 
 @pytest.mark.long
 @pytest.mark.parametrize("io", ["mmap", "pread"])
-def test_a_thousand_shards_with_workers(many: Path, io: str) -> None:
+def test_thousand_shards_with_workers(many: Path, io: str) -> None:
     code = (
         READ_ALL.format(folder=str(many), soft=128, hard=128)
         + f"""
@@ -124,7 +124,7 @@ print("read")
 
 
 @pytest.mark.long
-def test_the_soft_limit_is_raised_where_that_helps(many: Path) -> None:
+def test_soft_limit_is_raised_if_that_helps(many: Path) -> None:
     code = (
         READ_ALL.format(folder=str(many), soft=40, hard=300)
         + """
@@ -136,8 +136,8 @@ print(resource.getrlimit(resource.RLIMIT_NOFILE))
 
 
 @pytest.mark.parametrize("io", [pytest.param("mmap", marks=pytest.mark.long), "pread"])
-def test_no_descriptor_at_all_has_its_message(many: Path, io: str) -> None:
-    """Whatever else took them all; and once there are some again, reading goes on."""
+def test_no_descriptor_left_has_its_own_message(many: Path, io: str) -> None:
+    """If something else took all descriptors; reading continues once some are free."""
     code = (
         READ_ALL.format(folder=str(many), soft=40, hard=40)
         + f"""
@@ -169,7 +169,7 @@ def mapped(folder: Path) -> int:
     return Path("/proc/self/maps").read_text().count(str(folder))
 
 
-def test_a_dropped_dataset_leaves_nothing(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collected_dataset_leaves_nothing_open(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from loader import dataset
     from loader.ahead import reader as readahead
 
@@ -190,7 +190,7 @@ def test_a_dropped_dataset_leaves_nothing(many: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
-def test_a_view_keeps_its_file_mapped(many: Path) -> None:
+def test_view_keeps_its_file_mapped(many: Path) -> None:
     shards = Shards(many)
     tiles = shards.tiles(5, HR)
     part = tiles[0, 0, 2:4, 3]
@@ -209,7 +209,7 @@ def test_a_view_keeps_its_file_mapped(many: Path) -> None:
     assert mapped(many) == 0
 
 
-def test_threads_that_map_one_shard_at_once(many: Path) -> None:
+def test_threads_map_one_shard_concurrently(many: Path) -> None:
     shards = Shards(many)
     start = threading.Barrier(8)
 
@@ -228,15 +228,15 @@ def test_threads_that_map_one_shard_at_once(many: Path) -> None:
 
 
 class Limited(Table):
-    """A table of so many descriptors, which counts what is open at a time."""
+    """A table with a given number of descriptors, which records how many are open at a time."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
         self._most, self._raised = most, True
 
 
-def test_no_read_loses_its_descriptor(tmp_path: Path) -> None:
-    """Many threads, many files, a small table: each reads its own file, and few are open."""
+def test_no_file_is_closed_during_a_read(tmp_path: Path) -> None:
+    """Many threads and files, a small table: each thread reads the right file, and few are open."""
     for i in range(30):
         (tmp_path / str(i)).write_bytes(bytes([i]) * 8)
     table, caches, most = Limited(6), [{}, {}], [0]  # type: ignore[var-annotated]
@@ -267,7 +267,7 @@ def test_no_read_loses_its_descriptor(tmp_path: Path) -> None:
     assert open_files() == before
 
 
-def test_the_file_read_longest_ago_goes_first(tmp_path: Path) -> None:
+def test_least_recently_used_file_is_closed_first(tmp_path: Path) -> None:
     table, cache = Limited(6), {}  # type: ignore[var-annotated]
     opened: Counter[int] = Counter()
 
@@ -286,7 +286,7 @@ def test_the_file_read_longest_ago_goes_first(tmp_path: Path) -> None:
     assert opened[2] == 2
 
 
-def test_close_goes_on_after_a_failure(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_continues_after_a_failure(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = Files(many, Shards(many).index)
     before = open_files()
     for shard in range(5):
@@ -310,8 +310,8 @@ def test_close_goes_on_after_a_failure(many: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("code", [errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
 @pytest.mark.parametrize("io", ["mmap", "pread"])
-def test_a_mount_that_died(many: Path, monkeypatch: pytest.MonkeyPatch, code: int, io: Any) -> None:
-    """Errors of the storage name the file and say what it said."""
+def test_dead_mount(many: Path, monkeypatch: pytest.MonkeyPatch, code: int, io: Any) -> None:
+    """Storage errors name the file, and the reason given by the system."""
 
     def dead(*_: Any) -> Any:
         raise OSError(code, os.strerror(code))
@@ -326,7 +326,7 @@ def test_a_mount_that_died(many: Path, monkeypatch: pytest.MonkeyPatch, code: in
 
 
 @pytest.mark.parametrize("io", ["auto", "mmap", "pread"])
-def test_a_dataset_that_moved_before_its_first_read(tmp_path: Path, io: Any) -> None:
+def test_dataset_moved_before_its_first_read(tmp_path: Path, io: Any) -> None:
     write_image(tmp_path / "in/a.png", photograph(64, 64))
     data = PatchDataset(build(tmp_path / "in", tmp_path / "out"), 4, 8)
     (tmp_path / "out").rename(tmp_path / "elsewhere")
@@ -338,8 +338,8 @@ def test_a_dataset_that_moved_before_its_first_read(tmp_path: Path, io: Any) -> 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
 @pytest.mark.parametrize("kind", ["a pipe", "a link out of the folder", "a folder", "a device"])
-def test_a_shard_that_something_else_replaced(tmp_path: Path, io: Any, kind: str) -> None:
-    """After the dataset was opened; nothing waits for a pipe, and no other file is read."""
+def test_shard_replaced_after_opening(tmp_path: Path, io: Any, kind: str) -> None:
+    """Pipes do not block, and no other file is read."""
     write_image(tmp_path / "in/a.png", photograph(64, 64))
     data = PatchDataset(build(tmp_path / "in", tmp_path / "out"), 4, 8)
     shard = tmp_path / "out" / data.shards.index.shards[0].file
@@ -354,7 +354,7 @@ def test_a_shard_that_something_else_replaced(tmp_path: Path, io: Any, kind: str
         next(iter(PatchLoader(data, 2, io=io)))
 
 
-def test_few_descriptors_are_kept(many: Path) -> None:
-    """As many as the process can spare, and not the limit of a generous system."""
+def test_open_files_are_limited(many: Path) -> None:
+    """As many as the process can spare, up to a fixed number even if the limit is far higher."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert descriptors.FEWEST <= descriptors._spare() <= min(descriptors.MOST, soft)

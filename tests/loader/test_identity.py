@@ -1,4 +1,4 @@
-"""dataset_identity: the same for the same pixels whatever their files, another for anything that training would see."""
+"""dataset_identity: equal for equal pixels in any files, different for anything that training would notice."""
 
 import hashlib
 import shutil
@@ -42,7 +42,7 @@ def test_same_pixels(folder: Path, tmp_path: Path, identity: str, change: dict[s
     assert dataset_identity(read_index(build(folder, tmp_path / "out", **change)), 2) == identity  # type: ignore[arg-type]
 
 
-def test_program_and_copy(folder: Path, tmp_path: Path, identity: str) -> None:
+def test_other_program_or_copy(folder: Path, tmp_path: Path, identity: str) -> None:
     index = read_index(build(folder, tmp_path / "out"))
     shutil.copytree(tmp_path / "out", tmp_path / "copy")
     for same in (replace(index, made_by="another 9.9", lr=LrOrigin("given"), sha256=""), read_index(tmp_path / "copy")):
@@ -50,8 +50,8 @@ def test_program_and_copy(folder: Path, tmp_path: Path, identity: str) -> None:
     assert dataset_identity(index, 4) != identity
 
 
-def test_a_pixel_of_hr_or_lr(folder: Path, tmp_path: Path, pictures: dict[str, Pixels], identity: str) -> None:
-    """LR that is given may change alone; LR of another scale does not count."""
+def test_changed_pixels(folder: Path, tmp_path: Path, pictures: dict[str, Pixels], identity: str) -> None:
+    """Given LR may change independently of HR; LR of another scale does not count."""
     shutil.copytree(folder, tmp_path / "hr")
     for name, pixels in pictures.items():
         for scale in (2, 4):
@@ -76,7 +76,7 @@ def test_a_pixel_of_hr_or_lr(folder: Path, tmp_path: Path, pictures: dict[str, P
     assert found("hr") not in (identity, other)
 
 
-def test_names_and_order(folder: Path, tmp_path: Path, identity: str) -> None:
+def test_names_and_order_count(folder: Path, tmp_path: Path, identity: str) -> None:
     shutil.copytree(folder, tmp_path / "in")
     (tmp_path / "in/b.png").rename(tmp_path / "in/bb.png")
     renamed = dataset_identity(read_index(build(tmp_path / "in", tmp_path / "one")), 2)
@@ -105,8 +105,8 @@ def given_index(name: Strings, shard: Column, height: Column, width: Column, pla
     )
 
 
-def test_the_bytes_never_change() -> None:
-    """Checkpoints hold the digest."""
+def test_frozen_bytes() -> None:
+    """Checkpoints store the digest."""
     column = np.arange(3)
     planes = {scale: Plane(64 // scale, column, column + scale, None, None) for scale in (1, 2)}
     names = Strings(["a", "ü", "c d"])
@@ -117,7 +117,7 @@ def test_the_bytes_never_change() -> None:
     assert dataset_identity(index, 2) == "a0fbce2b7a19b5360e26d2fd15cd3d5bb0d65d5d6660bea75e75811cf21b1857"
 
 
-def test_a_million_images() -> None:
+def test_identity_of_a_million_images() -> None:
     count = 1_000_000
     column = np.arange(count)
     planes = {scale: Plane(64, column, column, None, None) for scale in (1, 4)}

@@ -1,4 +1,4 @@
-"""index.json: it survives a round trip, and each way in which it can be wrong has its error."""
+"""index.json survives a round trip, and every violation of the format has its own error."""
 
 import contextlib
 import errno
@@ -30,7 +30,7 @@ from loader.system.sparse import stored_bytes
 
 
 def resign(fields: dict[str, Any]) -> bytes:
-    """The text of an index of these fields, with the digest that belongs to them."""
+    """Return the text of an index with these fields, and the right digest."""
     lines = [f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in fields.items() if key != "sha256"]
     body = ("{\n" + "".join(lines)).encode()
     return body + f'"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
@@ -56,7 +56,7 @@ def test_round_trip(dataset: Path) -> None:
 
 
 def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    """An edit that puts a value at a place such as images.height.0; `...` removes what is there."""
+    """Return an edit that sets the value at a path such as images.height.0; `...` deletes it."""
 
     def edit(fields: dict[str, Any]) -> None:
         *inner, last = path.split(".")
@@ -76,7 +76,7 @@ EDITS = {
     "version": (change("version", 2), "version: expected 1, got int 2"),
     "version type": (change("version", True), "version: expected int, got bool True"),
     "container": (change("container", "zip"), "container: expected one of hdf5, raw, got str 'zip'"),
-    "made by half a surrogate": (change("made_by", "\ud800"), "made_by: expected text that UTF-8 can hold"),
+    "made by half a surrogate": (change("made_by", "\ud800"), "made_by: expected text that UTF-8 can encode"),
     "unknown field": (change("extra", 1), "fields: expected no others, got 'extra'"),
     "unknown lr field": (change("lr.extra", 1), "lr: fields: expected no others, got 'extra'"),
     "unknown shard field": (change("shards.1.extra", 1), r"shards\[1\]: fields: expected no others, got 'extra'"),
@@ -91,7 +91,7 @@ EDITS = {
         "planes: LR: expected a plane for each scale, since LR is imresize, got HR alone",
     ),
     "library no text": (change("libraries.OpenCV", 5), "libraries: OpenCV: expected str, got int 5"),
-    "library half a surrogate": (change("libraries.OpenCV", "\ud800"), "OpenCV: expected text that UTF-8 can hold"),
+    "library half a surrogate": (change("libraries.OpenCV", "\ud800"), "OpenCV: expected text that UTF-8 can encode"),
     "libraries a list": (change("libraries", ["OpenCV 5"]), "libraries: expected dict, got list"),
     "libraries out of order": (change("libraries", {"b": "", "a": ""}), "keys in ascending order, got 'b', 'a'"),
     "images per shard": (change("images_per_shard", 0), "images_per_shard: expected 1 to .*, got int 0"),
@@ -121,7 +121,7 @@ EDITS = {
     "name with a null": (change("images.name.1", "a\0b"), r"name\[1\]: expected the stem"),
     "name upwards": (change("images.name.1", ".."), r"name\[1\]: expected the stem"),
     "name endless": (change("images.name.1", "x" * 1025), r"name\[1\]: expected the stem .*, got 'xxx"),
-    "name half a surrogate": (change("images.name.1", "\ud800"), "name: expected text that UTF-8 can hold"),
+    "name half a surrogate": (change("images.name.1", "\ud800"), "name: expected text that UTF-8 can encode"),
     "height negative": (change("images.height.1", -5), r"height\[1\]: expected 1 to 1048576, got int -5"),
     "height zero": (change("images.height.1", 0), r"height\[1\]: expected 1 to 1048576, got int 0"),
     "height huge": (change("images.height.1", 10**30), r"height\[1\]: expected 1 to 1048576, got int 1000"),
@@ -194,14 +194,14 @@ def test_wrong_text(text: bytes, message: str) -> None:
     ],
 )
 def test_wrong_json(body: bytes, message: str) -> None:
-    """Text that ends in its right digest, yet is not what it should be."""
+    """Text with the right digest, but wrong content."""
     text = body + f'"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
     with pytest.raises(FormatError, match=message) as caught:
         parse_index(text, "here")
     assert len(str(caught.value)) < 300
 
 
-def test_any_changed_byte_is_found(dataset: Path) -> None:
+def test_every_changed_byte_is_detected(dataset: Path) -> None:
     text = (dataset / "index.json").read_bytes()
     for at in np.linspace(0, len(text) - 1, 150).astype(int):
         changed = bytearray(text)
@@ -215,7 +215,7 @@ def test_any_changed_byte_is_found(dataset: Path) -> None:
         parse_index(text + b"\n", "here")
 
 
-def test_files_beside_the_index(dataset: Path, tmp_path: Path) -> None:
+def test_shard_files(dataset: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)
     shard = copy / read_index(copy).shards[1].file
@@ -240,8 +240,8 @@ def test_files_beside_the_index(dataset: Path, tmp_path: Path) -> None:
         read_index(copy)
 
 
-def test_lengths_are_known_before_anything_is_mapped(dataset: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
-    """An index that claims more than the shards have."""
+def test_lengths_are_checked_before_mapping(dataset: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    """The index claims longer shards than there are."""
     shutil.copytree(dataset, tmp_path / "copy")
     claimed = fields["shards"][1]["bytes"] + 4096
     fields["shards"][1]["bytes"] = claimed
@@ -251,13 +251,13 @@ def test_lengths_are_known_before_anything_is_mapped(dataset: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("claimed", [1 << 61, 1 << 43, 1 << 20])
-def test_a_shard_much_longer_than_its_runs(dataset: Path, tmp_path: Path, fields: dict[str, Any], claimed: int) -> None:
-    """Holes cost nothing, so that a shard may really have 2^43 bytes; `prep verify` would read them for weeks."""
+def test_shard_much_longer_than_its_runs(dataset: Path, tmp_path: Path, fields: dict[str, Any], claimed: int) -> None:
+    """A sparse shard can really have 2^43 bytes; `prep verify` would read them for weeks."""
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)
     shard = fields["shards"][2]
     shard["bytes"] += claimed
-    with contextlib.suppress(OSError):  # file systems differ in what they can have
+    with contextlib.suppress(OSError):  # the maximum length depends on the file system
         os.truncate(copy / shard["file"], shard["bytes"])
     (copy / "index.json").write_bytes(resign(fields))
     for read in (read_index, read_index_alone):
@@ -265,8 +265,8 @@ def test_a_shard_much_longer_than_its_runs(dataset: Path, tmp_path: Path, fields
             read(copy)
 
 
-def test_shards_of_many_small_images_with_long_names_are_short_enough(tmp_path: Path) -> None:
-    """The most that HDF5 adds to runs: tiny images, all scales, names as long as file systems have them."""
+def test_hdf5_overhead_stays_within_the_limit(tmp_path: Path) -> None:
+    """The worst case of HDF5's overhead: tiny images, all scales, names of maximum length."""
     for i in range(40):
         write_image(tmp_path / "in" / f"{i:0240d}.png", photograph(8, 8, i))
     for count in (1, 40):
@@ -278,7 +278,7 @@ def test_shards_of_many_small_images_with_long_names_are_short_enough(tmp_path: 
 
 
 def test_links(dataset: Path, tmp_path: Path) -> None:
-    """Links stay in the folder; the folder itself may be one."""
+    """Links must stay within the folder; the folder itself may be a link."""
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)
     (tmp_path / "link").symlink_to(copy)
@@ -302,7 +302,7 @@ def test_links(dataset: Path, tmp_path: Path) -> None:
         (tmp_path / "outside").rename(path)
 
 
-def test_pipes_are_not_waited_for(dataset: Path, tmp_path: Path) -> None:
+def test_pipes_do_not_block(dataset: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)
     shard = copy / read_index(copy).shards[0].file
@@ -314,15 +314,15 @@ def test_pipes_are_not_waited_for(dataset: Path, tmp_path: Path) -> None:
 
 
 def sparse(path: Path, *lengths: int) -> None:
-    """Make a file as long as the file system can have it, up to the last length, without writing anything."""
+    """Extend a file to the largest of the lengths that the file system allows, without writing anything."""
     path.touch()
     for length in lengths:
         with contextlib.suppress(OSError):
             os.truncate(path, length)
 
 
-def test_an_index_too_large_for_its_shards(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused unread: a terabyte of holes takes no time."""
+def test_index_too_large_for_its_shards(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused without being read: a terabyte of holes takes no time."""
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)
     text = (copy / "index.json").read_bytes()
@@ -337,14 +337,14 @@ def test_an_index_too_large_for_its_shards(dataset: Path, tmp_path: Path, monkey
     monkeypatch.setattr(index_module, "INDEX_ROOM", len(text) - shards // 8 - 1)
     with pytest.raises(FormatError, match=f"expected at most {len(text) - 1} bytes"):
         read_index(copy)
-    (copy / "shard-1").symlink_to("/dev/zero")  # nor does what is no file count, nor wait
+    (copy / "shard-1").symlink_to("/dev/zero")  # other kinds of files do not count, and do not block
     os.mkfifo(copy / "shard-2")
     with pytest.raises(FormatError, match=f"expected at most {len(text) - 1} bytes"):
         read_index(copy)
 
 
-def test_holes_in_shards_are_no_shards(dataset: Path, tmp_path: Path) -> None:
-    """100 GB of holes give an index no room, and an absolute bound holds whatever there is."""
+def test_holes_in_shards_do_not_count(dataset: Path, tmp_path: Path) -> None:
+    """100 GB of holes do not raise the limit, and 1 GiB is the limit for any shards."""
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)
     shard = next(copy.glob("shard-*"))
@@ -365,8 +365,8 @@ def test_holes_in_shards_are_no_shards(dataset: Path, tmp_path: Path) -> None:
             read_index(copy)
 
 
-def test_a_file_system_without_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There all of a file counts as data, so that no honest dataset is refused."""
+def test_file_system_without_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a file counts as data there, so that no valid dataset is refused."""
     (tmp_path / "shard-0").write_bytes(bytes(10_000))
     (tmp_path / "shard-1").write_bytes(bytes(10_000))
     (tmp_path / "other").write_bytes(bytes(10_000))
@@ -387,8 +387,8 @@ def test_data_between_holes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert stored_bytes(tmp_path, "shard-", 1 << 40) == 3 * 4096
 
 
-def test_holes_in_an_index_end_its_reading(dataset: Path, tmp_path: Path) -> None:
-    """A hole with the right start, and the right end: nothing of it is held in memory."""
+def test_reading_stops_at_a_hole(dataset: Path, tmp_path: Path) -> None:
+    """A hole between the right start and the right end is not read into memory."""
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)
     text = (copy / "index.json").read_bytes()
@@ -400,8 +400,8 @@ def test_holes_in_an_index_end_its_reading(dataset: Path, tmp_path: Path) -> Non
         read_index(copy)
 
 
-def test_an_index_that_memory_cannot_hold() -> None:
-    """One line, where the process may not have more memory."""
+def test_index_too_large_for_memory() -> None:
+    """The error is one line if the process runs out of memory."""
     code = (
         "import resource, sys\nfrom pathlib import Path\nimport loader.format.index_text as index\n"
         "from loader.errors import FormatError\n"
@@ -420,8 +420,8 @@ def test_an_index_that_memory_cannot_hold() -> None:
 
 
 @pytest.mark.parametrize("depth", [900, 5_000, 200_000])
-def test_json_of_any_depth(depth: int) -> None:
-    """A field of deep lists or objects, under the digest that fits, is one line, in whatever depth it is met."""
+def test_deeply_nested_json(depth: int) -> None:
+    """Deeply nested lists and objects, under the right digest, are an error of one line."""
     for opening, closing in ((b"[", b"]"), (b'{"a":', b"}")):
         inner = opening * depth + b"1" + closing * depth
         for body in (b'{\n"format": ' + inner + b",\n", b'{\n"images": ' + inner + b",\n"):
@@ -434,8 +434,8 @@ def test_json_of_any_depth(depth: int) -> None:
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "socket", "link out", "link to itself", "nowhere"])
 @pytest.mark.parametrize("when", ["index", "shard", "index after opening"])
-def test_what_is_no_file(dataset: Path, tmp_path: Path, kind: str, when: str) -> None:
-    """Whatever lies there instead of a file: nothing waits, and it is one line."""
+def test_other_kinds_of_files(dataset: Path, tmp_path: Path, kind: str, when: str) -> None:
+    """Nothing blocks, and the error is one line."""
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)
     index = read_index(copy)
@@ -461,7 +461,7 @@ def test_what_is_no_file(dataset: Path, tmp_path: Path, kind: str, when: str) ->
     assert str(caught.value).startswith(str(copy))
 
 
-def test_no_dataset_there(tmp_path: Path) -> None:
+def test_missing_dataset(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(FormatError, match="expected a dataset, a folder with index.json, got none there"):
             read_index(place)

@@ -136,7 +136,7 @@ def test_storage_without_a_mount_table(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(Path, "read_text", missing)
     assert storage.file_system(tmp_path) == "unknown"
     assert not storage.is_network(tmp_path)
-    assert storage.advice_limit(tmp_path) == storage.KERNEL_DEFAULT
+    assert storage.advice_limit(tmp_path) == storage.DEFAULT_READ_AHEAD
 
 
 def test_the_watch_falls_silent_and_wakes(monkeypatch: pytest.MonkeyPatch) -> None:

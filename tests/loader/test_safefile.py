@@ -1,7 +1,8 @@
-"""safefile: what a stranger may have put in a shared folder is neither followed, waited for, nor overwritten."""
+"""safefile: planted links, pipes and files in a shared folder are not followed, waited for or overwritten."""
 
 import errno
 import os
+import pickle
 import socket
 import stat
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from loader.errors import ShardsError
 from loader.system import safefile
 from loader.system.safefile import (
     UnsafeFileError,
@@ -29,7 +31,7 @@ OPENERS = [open_member, open_named]
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder that strangers write to, with a file, beside a secret that is none of theirs."""
+    """A shared folder with a file, next to a file outside that nobody may reach through it."""
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared/file").write_bytes(b"content")
     (tmp_path / "secret").write_bytes(b"secret")
@@ -37,7 +39,7 @@ def place(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_descriptor_is_left() -> Iterator[None]:
+def no_descriptor_leaks() -> Iterator[None]:
     def number() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
 
@@ -52,7 +54,7 @@ def content(opened: int) -> bytes:
 
 
 @pytest.mark.parametrize("opener", OPENERS)
-def test_a_file(place: Path, opener: Callable[[Path], int]) -> None:
+def test_regular_files(place: Path, opener: Callable[[Path], int]) -> None:
     descriptor = opener(place / "file")
     assert not os.get_inheritable(descriptor)
     assert content(descriptor) == b"content"
@@ -74,7 +76,7 @@ def test_links_within_the_folder(place: Path) -> None:
 
 
 def test_links_out_of_the_folder(place: Path) -> None:
-    """A member is refused, with the link's own words; a path that the user named may lead anywhere."""
+    """Members are refused, and the message shows the link; named paths may lead anywhere."""
     (place / "inner").mkdir()
     (place / "inner/file").write_bytes(b"inner")
     (place / "hop").symlink_to("../secret")
@@ -89,7 +91,7 @@ def test_links_out_of_the_folder(place: Path) -> None:
 
 
 @pytest.mark.parametrize("opener", OPENERS)
-def test_links_that_lead_nowhere(place: Path, opener: Callable[[Path], int]) -> None:
+def test_dangling_links(place: Path, opener: Callable[[Path], int]) -> None:
     (place / "loop").symlink_to("loop")
     (place / "to").symlink_to("fro")
     (place / "fro").symlink_to("to")
@@ -103,8 +105,8 @@ def test_links_that_lead_nowhere(place: Path, opener: Callable[[Path], int]) -> 
 
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("opener", OPENERS)
-def test_what_is_no_file(place: Path, opener: Callable[[Path], int], linked: bool) -> None:
-    """Nothing waits for the other end of a pipe, and no device is read."""
+def test_other_kinds_of_files(place: Path, opener: Callable[[Path], int], linked: bool) -> None:
+    """Pipes do not block, and devices are not read."""
     os.mkfifo(place / "pipe")
     (place / "folder").mkdir()
     for name, words in (("pipe", "a pipe"), ("folder", "a folder")):
@@ -114,16 +116,16 @@ def test_what_is_no_file(place: Path, opener: Callable[[Path], int], linked: boo
             path.symlink_to(name)
         with pytest.raises(UnsafeFileError) as caught:
             opener(path)
-        assert caught.value.strerror == f"{words}, no regular file"
+        assert caught.value.strerror == f"{words}, not a regular file"
         assert caught.value.filename == str(path)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(place / "socket"))
         with pytest.raises(OSError, match="No such device or address"):
             opener(place / "socket")
-    with pytest.raises(UnsafeFileError, match="a device, no regular file"):
+    with pytest.raises(UnsafeFileError, match="a device, not a regular file"):
         opener(Path("/dev/zero"))
     (place / "zero").symlink_to("/dev/zero")
-    with pytest.raises(UnsafeFileError, match="a device, no regular file|a link to /dev/zero"):
+    with pytest.raises(UnsafeFileError, match="a device, not a regular file|a link to /dev/zero"):
         opener(place / "zero")
 
 
@@ -132,8 +134,8 @@ def test_kinds() -> None:
     assert {kind: describe_kind(kind | 0o644) for kind in kinds} == kinds
 
 
-def test_a_target_that_becomes_a_link(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the look at a link and the opening of its target, the target is exchanged."""
+def test_link_target_replaced_by_link(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target is replaced between resolving the link and opening it."""
     (place / "link").symlink_to("file")
     real = os.path.realpath
 
@@ -149,8 +151,8 @@ def test_a_target_that_becomes_a_link(place: Path, monkeypatch: pytest.MonkeyPat
         open_member(place / "link")
 
 
-def test_files_exchanged_all_the_time(place: Path) -> None:
-    """A stranger swaps the file for a link to a secret and a pipe as fast as they can: it is never read, nor waited."""
+def test_files_swapped_concurrently(place: Path) -> None:
+    """While someone swaps the file for a link to a secret, and a pipe, the secret is never read, and nothing blocks."""
     os.mkfifo(place / "pipe")
     (place / "out").symlink_to("../secret")
     (place / "good").write_bytes(b"content")
@@ -180,7 +182,7 @@ def test_files_exchanged_all_the_time(place: Path) -> None:
 
 
 @pytest.mark.parametrize("reader", [read_member, read_named])
-def test_sizes(place: Path, reader: Callable[[Path, int], bytes]) -> None:
+def test_size_limits(place: Path, reader: Callable[[Path, int], bytes]) -> None:
     assert reader(place / "file", 7) == b"content"
     with pytest.raises(OSError, match="more than 6 bytes") as caught:
         reader(place / "file", 6)
@@ -188,7 +190,7 @@ def test_sizes(place: Path, reader: Callable[[Path, int], bytes]) -> None:
     (place / "empty").touch()
     assert reader(place / "empty", 0) == b""
     (place / "sparse").touch()
-    os.truncate(place / "sparse", 1 << 40)  # read as far as the limit only
+    os.truncate(place / "sparse", 1 << 40)  # only read up to the limit
     with pytest.raises(UnsafeFileError, match="more than 1000 bytes"):
         reader(place / "sparse", 1000)
 
@@ -228,7 +230,7 @@ def test_exclusive_files_can_be_read_and_written(place: Path) -> None:
 
 @pytest.mark.parametrize("write", [write_staged, write_atomically])
 @pytest.mark.parametrize("planted", ["nothing", "file", "link", "link to nothing", "pipe"])
-def test_what_was_at_the_path_is_not_written_through(
+def test_existing_files_are_not_written_through(
     place: Path, write: Callable[[Path, bytes], None], planted: str
 ) -> None:
     plant(place / "out", planted)
@@ -247,10 +249,8 @@ def test_what_was_at_the_path_is_not_written_through(
 
 
 @pytest.mark.parametrize("planted", ["file", "link", "link to nothing", "pipe", "folder"])
-def test_a_name_planted_between_removal_and_creation(
-    place: Path, planted: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever guesses the temporary name gains nothing: it is created, or it is an error."""
+def test_file_planted_between_removal_and_creation(place: Path, planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guessing the temporary name gains nothing: the file is created exclusively, or it is an error."""
     real = safefile.open_exclusive
 
     def late(path: Path, mode: int = 0o666) -> int:
@@ -268,7 +268,7 @@ def test_a_name_planted_between_removal_and_creation(
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_leaves_nothing(
+def test_failed_write_leaves_nothing(
     place: Path, call: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
@@ -309,8 +309,8 @@ class OpenFile:
         pass
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a read-only file system; root may write to any folder, so that the system is asked to say so."""
+def test_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a read-only file system; simulated, since root may write to any folder."""
 
     def read_only(path: Path, flags: int, mode: int = 0o777) -> int:
         if flags & os.O_CREAT:
@@ -330,7 +330,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_long_names(place: Path) -> None:
-    """Temporary names are short, so that the longest name can be written."""
+    """Temporary names are short, so files with names of the maximum length can be written."""
     path = place / ("x" * 255)
     write_atomically(path, b"new")
     assert read_member(path, 3) == b"new"
@@ -351,3 +351,10 @@ def test_folders_without_fsync(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.undo()
     with pytest.raises(NotADirectoryError):
         sync_folder(place / "file")
+
+
+def test_unsafe_file_error_is_an_os_error_and_a_shards_error(tmp_path: Path) -> None:
+    error: OSError = pickle.loads(pickle.dumps(UnsafeFileError(errno.EINVAL, "a pipe\nof odd name", tmp_path)))
+    assert (error.errno, error.filename) == (errno.EINVAL, str(tmp_path))
+    assert isinstance(error, ShardsError)
+    assert str(error) == f"{tmp_path}: a pipe\\nof odd name"

@@ -1,4 +1,4 @@
-"""Copying a dataset, and nothing but a dataset."""
+"""Copying a dataset, and nothing else in its folder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from loader.stage import copy_dataset
 
 @pytest.fixture
 def source(dataset: Path, tmp_path: Path) -> Path:
-    """A dataset of its own, its folder's name an odd one."""
+    """A copy of the dataset in a folder with an unusual name."""
     return Path(shutil.copytree(dataset, tmp_path / "-a dataset\nü"))
 
 
-def test_what_is_copied(source: Path, tmp_path: Path) -> None:
+def test_dataset_alone_is_copied(source: Path, tmp_path: Path) -> None:
     (source / "skipped.json").write_text(json.dumps([]))
     expected = digests(source)
     secret = tmp_path / "secret"
@@ -58,7 +58,7 @@ def test_sidecars_of_this_index_are_copied(source: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["skipped.json", "index.json", "shard"])
 @pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_nothing_is_followed_out_of_the_folder(source: Path, tmp_path: Path, name: str, kind: str) -> None:
+def test_links_and_pipes_are_not_followed(source: Path, tmp_path: Path, name: str, kind: str) -> None:
     path = source / (read_index(source).shards[0].file if name == "shard" else name)
     if name == "skipped.json":
         path.write_text("[]")
@@ -72,7 +72,7 @@ def test_nothing_is_followed_out_of_the_folder(source: Path, tmp_path: Path, nam
     assert not (tmp_path / "copy").exists()
 
 
-def test_there_must_be_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room = namedtuple("room", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: room(5))
     with pytest.raises(ShardsError, match=r"(?s)copy: expected room for the \d+ bytes of .*, got 5$"):
@@ -80,7 +80,7 @@ def test_there_must_be_room(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "copy").exists()
 
 
-def test_what_is_there_stays(source: Path, tmp_path: Path) -> None:
+def test_existing_target_is_left_alone(source: Path, tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "mine").touch()
     with pytest.raises(FileExistsError):
@@ -88,9 +88,7 @@ def test_what_is_there_stays(source: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "copy").iterdir()] == ["mine"]
 
 
-def test_a_dataset_that_changes_meanwhile_is_not_copied(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dataset_changed_during_the_copy(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = stage._copy
 
     def copy_and_change(one: Path, other: Path) -> int:
@@ -106,7 +104,7 @@ def test_a_dataset_that_changes_meanwhile_is_not_copied(
     assert not (tmp_path / "copy").exists()
 
 
-def test_a_failure_is_one_line(source: Path, tmp_path: Path) -> None:
+def test_failures_are_one_line(source: Path, tmp_path: Path) -> None:
     (source / "index.json").unlink()
     words = [sys.executable, "-m", "loader.stage", "--", source.name, str(tmp_path / "copy")]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
@@ -115,7 +113,7 @@ def test_a_failure_is_one_line(source: Path, tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_a_full_disk_names_the_file(source: Path, tmp_path: Path) -> None:
+def test_full_disk_names_the_file(source: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "loader.stage", "--", source.name, "copy"]
     limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 8; exec "$@"', "bash", *words]
     done = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)

@@ -324,7 +324,7 @@ def test_without_threads_there_is_an_error(small: Path, io: str) -> None:
         try:
             given = len(list(islice(stream, 4)))
         except ShardsError as error:
-            assert "expected a thread of its own, got: can't start new thread" in str(error)
+            assert "expected to start a thread, got: can't start new thread" in str(error)
             given = 0
             assert next(stream, None) is None
         stream.close()

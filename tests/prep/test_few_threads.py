@@ -53,7 +53,7 @@ def test_bench_says_what_it_could_not_measure(dataset: Path, limit: list[int]) -
     limit[0] = 0
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 1
-    assert "io='mmap': srshards-gather: expected a thread of its own, got: can't start new thread" in result.output
+    assert "io='mmap': srshards-gather: expected to start a thread, got: can't start new thread" in result.output
     assert "io='pread': expected room for 36 threads, got 0 (see ulimit -u and -v)" in result.output
 
 

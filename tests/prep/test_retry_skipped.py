@@ -159,7 +159,7 @@ def test_a_list_that_is_no_file(tmp_path: Path) -> None:
     assert read_skipped(tmp_path) == []
     assert left_out(tmp_path) == ""
     os.mkfifo(tmp_path / "skipped.json")
-    with pytest.raises(FormatError, match="got a pipe, no regular file"):
+    with pytest.raises(FormatError, match="got a pipe, not a regular file"):
         read_skipped(tmp_path)
 
 

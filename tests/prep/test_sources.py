@@ -339,7 +339,7 @@ def test_pipe_instead_of_an_image_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(found.path)
     started = time.monotonic()
     for read in (read_size, read_image):
-        with pytest.raises(ImageError, match="a.png: expected a readable file, got a pipe, no regular file"):
+        with pytest.raises(ImageError, match="a.png: expected a readable file, got a pipe, not a regular file"):
             read(found.path)
     assert time.monotonic() - started < 60
     with pytest.raises(ShardsError, match="expected a folder of images or an image file, got a pipe"):

@@ -129,7 +129,7 @@ def test_pipes_and_links_are_not_read(copy: Path, tmp_path: Path) -> None:
     link.symlink_to(tmp_path / "outside")
     for arguments in ([], ["--quick"]):
         lines = verify(copy, *arguments).stdout.splitlines()
-        assert lines[0] == f"{pipe}: file: expected a file in this folder, got a pipe, no regular file"
+        assert lines[0] == f"{pipe}: file: expected a file in this folder, got a pipe, not a regular file"
         assert lines[1] == f"{link}: file: expected a file in this folder, got a link to {tmp_path}/outside"
         assert len(lines) == 3
 
@@ -178,7 +178,7 @@ def test_damaged_index(copy: Path, folder: Path) -> None:
         result = verify(copy, *arguments)
         assert result.exit_code == 1
         assert result.stderr.count("\n") == 1
-        assert "index.json: sha256: expected as last line the SHA-256 of all lines before it" in result.stderr
+        assert "index.json: sha256: expected the SHA-256 of all lines before it as the last line" in result.stderr
     assert (
         "an index cannot be repaired: rebuild the dataset with build-shards --overwrite"
         in verify(copy, "--repair", "--source", folder).stderr

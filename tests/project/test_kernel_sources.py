@@ -1,4 +1,4 @@
-"""A compiled kernel that is not of the sources beside it is left aside, and said to be."""
+"""A C extension built from other sources than those next to it is ignored, with a warning."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from helpers import ROOT
 from loader.native import source_mark
 from loader.pixels.tiles import gather_kernel
 
-pytestmark = pytest.mark.skipif(gather_kernel is None, reason="the kernels are not built")
+pytestmark = pytest.mark.skipif(gather_kernel is None, reason="the C extensions are not built")
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The packages, kernels and all."""
+    """A copy of the packages with their C extensions."""
     for name in ("loader", "model", "prep"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
@@ -32,21 +32,21 @@ def imported(place: Path, name: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["loader.pixels._gather", "model.cpu._mixing", "loader.resize._imresize"])
-def test_a_kernel_of_other_sources_is_left_aside(name: str, copy: Path) -> None:
+def test_extension_of_other_sources_is_ignored(name: str, copy: Path) -> None:
     source = copy / f"{name.replace('.', '/')}.c"
     assert imported(copy, name) == "True\n"
     source.write_bytes(source.read_bytes() + b"/* changed */\n")
     said = imported(copy, name)
     assert said.startswith("False\n")
     assert f"RuntimeWarning: {source.parent}/{source.stem}." in said
-    assert "expected a kernel built from the sources beside it, got one of others; left aside until" in said
-    source.unlink()  # as where a wheel is installed
+    assert "expected a C extension built from the sources next to it, got one of other sources; ignored until" in said
+    source.unlink()  # as in an installed wheel
     for header in source.parent.glob("_*.h"):
         header.unlink()
     assert imported(copy, name) == "True\n"
 
 
-def test_headers_count(tmp_path: Path) -> None:
+def test_headers_change_the_mark(tmp_path: Path) -> None:
     (tmp_path / "_a.c").write_text("1")
     first = source_mark(tmp_path, "_a")
     (tmp_path / "_a_parts.h").write_text("2")

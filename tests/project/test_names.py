@@ -1,4 +1,4 @@
-"""Installed commands in folders with names like ours: a user's `model/`, `loader/`, `random.py`."""
+"""Installed commands run in folders with a user's own `model/`, `loader/` or `random.py`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def foreign(folder: Path, *names: str) -> None:
         (folder / name / "__init__.py").write_text("print('foreign')\n")
 
 
-def test_folders_that_are_no_packages_hide_nothing(tmp_path: Path) -> None:
+def test_plain_folders_do_not_shadow_packages(tmp_path: Path) -> None:
     for name in ("loader", "model", "prep", "train"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "notes.txt").touch()
@@ -40,8 +40,8 @@ def test_folders_that_are_no_packages_hide_nothing(tmp_path: Path) -> None:
             assert (done.returncode, done.stderr) == (0, ""), words
 
 
-def test_a_build_takes_nothing_from_the_working_directory(tmp_path: Path) -> None:
-    """Neither here nor in its processes, which start as `python -c`."""
+def test_build_imports_nothing_from_the_working_directory(tmp_path: Path) -> None:
+    """Neither in the command nor in its worker processes, which start as `python -c`."""
     for i in range(3):
         write_image(tmp_path / "images" / f"{i}.png", photograph(32, 32, seed=i))
     foreign(tmp_path, "loader", "model", "prep", "numpy", "multiprocessing")
@@ -64,18 +64,18 @@ def test_a_build_takes_nothing_from_the_working_directory(tmp_path: Path) -> Non
         ([PYTHON, "-X", "utf8", "-m", "model.curves"], "loader"),
     ],
 )
-def test_a_clash_is_one_clear_line(words: list[str], hidden: str, tmp_path: Path) -> None:
+def test_shadowed_package_is_one_line(words: list[str], hidden: str, tmp_path: Path) -> None:
     foreign(tmp_path, hidden)
     done = run([*words, "--help"], tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     expected = f"Error: expected the package {hidden} of srshards, {ROOT / hidden}, got {tmp_path.resolve() / hidden};"
     assert done.stderr.startswith(expected)
     assert done.stderr.count("\n") == 1
-    assert run([words[0], "-P", *words[1:], "--help"], tmp_path).returncode == 0  # as the line says
+    assert run([words[0], "-P", *words[1:], "--help"], tmp_path).returncode == 0  # as the message advises
 
 
-def test_a_clash_by_the_environment(tmp_path: Path) -> None:
-    """A module of that name, too; and the same for the script."""
+def test_package_shadowed_through_pythonpath(tmp_path: Path) -> None:
+    """By a module, with the installed script."""
     (tmp_path / "loader.py").write_text("print('foreign')\n")
     done = run([PREP, "--help"], tmp_path, PYTHONPATH=".")
     assert (done.returncode, done.stdout) == (1, "")
@@ -83,8 +83,8 @@ def test_a_clash_by_the_environment(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_programs_with_packages_of_their_own_are_left_alone(tmp_path: Path) -> None:
-    """Theirs called `prep` and `model`, and our loader; theirs called `loader`, and our losses."""
+def test_programs_with_their_own_packages_still_work(tmp_path: Path) -> None:
+    """Their `prep` and `model` with our loader; their `loader` with our model and prep."""
     foreign(tmp_path, "prep", "model")
     (tmp_path / "own.py").write_text("import prep, model, loader.format.layout; print(loader.format.layout.__file__)\n")
     done = run([PYTHON, "own.py"], tmp_path)

@@ -1,4 +1,4 @@
-"""What is in the sdist and in the wheel, and that an installed wheel is of use to a program that is checked."""
+"""Contents of sdist and wheel; programs that use the installed wheel run, and pass type checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from helpers import ROOT
 from lowest import declared, pins
 
-MADE = {"PKG-INFO"}  # by setuptools, beside its egg-info
+GENERATED = {"PKG-INFO"}  # by setuptools, in addition to its egg-info
 
 USER = """
 import numpy as np
@@ -41,7 +41,7 @@ imresize("x", 2)
 
 
 def run(words: list[str], cwd: Path, **environment: str) -> str:
-    """Run a command that must end well; give what it printed."""
+    """Run a command that must succeed; return its output."""
     done = subprocess.run(
         words, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False
     )
@@ -50,7 +50,7 @@ def run(words: list[str], cwd: Path, **environment: str) -> str:
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
-    """Build the sdist or the wheel as pip does, and give its path."""
+    """Build the sdist or the wheel as pip does; return its path."""
     code = f"import sys, setuptools.build_meta as backend; backend.build_{kind}(sys.argv[1])"
     run([sys.executable, "-c", code, str(out)], source)
     (built,) = out.glob("*.tar.gz" if kind == "sdist" else "*.whl")
@@ -59,7 +59,7 @@ def build(kind: str, source: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sources() -> list[str]:
-    """The files of the checkout: those that git knows, and those that it would take."""
+    """The files of the checkout that are tracked, or untracked but not ignored."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("not a checkout")
     listed = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], ROOT)
@@ -68,7 +68,7 @@ def sources() -> list[str]:
 
 @pytest.fixture(scope="module")
 def unpacked(sources: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sdist, built from the checkout's files alone, and unpacked."""
+    """The unpacked sdist, built from the files of the checkout only."""
     place = tmp_path_factory.mktemp("sdist")
     for name in sources:
         (place / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment that has the wheel, and beside it what this one has; its Python."""
+    """The Python of a virtual environment with the wheel and the packages of this environment."""
     place = tmp_path_factory.mktemp("environment")
     run([sys.executable, "-m", "venv", "--without-pip", str(place)], place)
     (packages,) = place.glob("lib/python*/site-packages")
@@ -100,13 +100,13 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "bin" / "python"
 
 
-def test_the_sdist_is_the_whole_checkout(unpacked: Path, sources: list[str]) -> None:
+def test_sdist_is_the_whole_checkout(unpacked: Path, sources: list[str]) -> None:
     files = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
-    assert {name for name in files if ".egg-info/" not in name} == {*sources, *MADE}
+    assert {name for name in files if ".egg-info/" not in name} == {*sources, *GENERATED}
     assert os.access(unpacked / ".ci" / "run", os.X_OK) == os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-def test_the_wheel_has_what_runs_and_nothing_else(wheel: Path, sources: list[str]) -> None:
+def test_wheel_contains_only_what_runs(wheel: Path, sources: list[str]) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         records = {name.partition("/")[2]: archive.read(name).decode() for name in names if ".dist-info/" in name}
@@ -132,13 +132,13 @@ def check_metadata(metadata: Message) -> None:
     assert str(metadata.get_payload()).startswith("# srshards\n")
     needs = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
     assert sorted(needs) == sorted(setup["options"]["install_requires"].split())
-    assert all("==" not in need for need in needs)  # so that a torch which is there stays, be it for another GPU
+    assert all("==" not in need for need in needs)  # so that an installed torch build is kept
 
 
-def test_a_program_that_uses_the_wheel_is_checked_strictly(installed: Path, tmp_path: Path) -> None:
+def test_programs_using_the_wheel_are_type_checked(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "user.py").write_text(USER)
     (tmp_path / "wrong.py").write_text(WRONG)
-    (tmp_path / "mypy.ini").write_text(  # torch and its like take half a minute
+    (tmp_path / "mypy.ini").write_text(  # checking torch and others would take half a minute
         "[mypy]\nstrict = True\n[mypy-torch.*,cv2.*,h5py.*,PIL.*]\nfollow_imports = skip\n"
     )
     words = [sys.executable, "-m", "mypy", "--python-executable", str(installed), "--no-incremental"]
@@ -149,8 +149,8 @@ def test_a_program_that_uses_the_wheel_is_checked_strictly(installed: Path, tmp_
     assert [error.partition(": error: ")[0] for error in errors] == ["wrong.py:4", "wrong.py:5"], done.stdout
 
 
-def test_an_installed_wheel_runs(installed: Path, tmp_path: Path) -> None:
-    """Where Python looks for nothing in the working directory, and takes every warning for an error."""
+def test_installed_wheel_runs(installed: Path, tmp_path: Path) -> None:
+    """Without the working directory on the path, and with warnings as errors."""
     strict = [str(installed), "-P", "-W", "error"]
     run([*strict, "-c", "import loader, model, prep, loader.format.layout, prep.cli, loader.resize.imresize"], tmp_path)
     assert run([*strict, "-m", "prep.cli", "--version"], tmp_path).startswith("srshards, version ")
@@ -169,13 +169,13 @@ def test_lowest_versions_are_those_declared(tmp_path: Path) -> None:
     (torch,) = [line for line in lines if line.startswith("torch==")]
     assert torch in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     text = "[options]\ninstall_requires = numpy{}\n[options.extras_require]\ntest = numpy>=2\n"
-    for wrong in ("", "==2", ">=2,<3", ">=1"):  # no floor, no floor alone, another than elsewhere
+    for wrong in ("", "==2", ">=2,<3", ">=1"):  # no lower bound, more than one, a different one
         (tmp_path / "setup.cfg").write_text(text.format(wrong))
-        with pytest.raises(ValueError, match="expected name>=version, the same wherever it stands, got numpy"):
+        with pytest.raises(ValueError, match="expected name>=version, the same in all places, got numpy"):
             declared(tmp_path / "setup.cfg")
 
 
-def test_the_files_that_make_and_its_scripts_name_exist() -> None:
+def test_files_named_in_makefile_and_scripts_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
     (quick,) = re.findall(r"^QUICK := (.*)$", makefile, re.MULTILINE)
     named = quick.split()

@@ -1,4 +1,4 @@
-"""That `make test-sanitized` runs kernels which are watched, and that an error of theirs is seen."""
+"""`make test-sanitized` runs instrumented C extensions, and errors in them are reported."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-KERNELS = ("loader.pixels._gather", "model.cpu._mixing", "loader.resize._imresize")
+EXTENSIONS = ("loader.pixels._gather", "model.cpu._mixing", "loader.resize._imresize")
 
 pytestmark = pytest.mark.skipif(os.environ.get("SRSHARDS_SANITIZE") != "1", reason="for make test-sanitized")
 
-# Errors of the kinds that kernels could have, in memory of numpy's and torch's.
+# Kinds of errors that C extensions could make in memory of numpy and torch.
 FAULTY = """
 #include <stdint.h>
 #include <string.h>
@@ -34,8 +34,8 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernels_are_watched(name: str) -> None:
+@pytest.mark.parametrize("name", EXTENSIONS)
+def test_extensions_are_instrumented(name: str) -> None:
     path = Path(str(importlib.import_module(name).__file__))
     assert path.is_relative_to(ROOT)
     assert b"libasan.so" in path.read_bytes()
@@ -52,7 +52,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_errors_are_seen(call: str, faulty: Path) -> None:
+def test_errors_are_reported(call: str, faulty: Path) -> None:
     code = (
         "import ctypes, numpy as np\n"
         f"{'import torch' if 'torch' in call else ''}\n"
@@ -68,9 +68,12 @@ def test_errors_are_seen(call: str, faulty: Path) -> None:
         "times = lambda *given: call('times', C.c_int64, *given)\n"
         "unaligned = lambda *given: call('unaligned', C.c_void_p, *given)\n"
         f"{call}\n"
-        "print('unseen')\n"
+        "print('unnoticed')\n"
     )
-    quiet = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": ""}  # into no report: they are meant
+    quiet = {
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "",
+    }  # these errors are intended: keep them out of the reports
     words = [sys.executable, "-c", code]
     done = subprocess.run(
         words, env=os.environ | quiet, capture_output=True, text=True, errors="replace", timeout=300, check=False

@@ -106,7 +106,7 @@ def test_where_there_are_no_locks_a_build_goes_on_and_says_so(
     monkeypatch.setattr(fcntl, "lockf", lockf)
     notes: list[str] = []
     build(folder, tmp_path / "out", note=notes.append)
-    assert notes == [f"{tmp_path / 'out'}: this file system has no locks: see to it that no other build writes here"]
+    assert notes == [f"{tmp_path / 'out'}: this file system has no locks: make sure that no other build writes here"]
     assert not (tmp_path / "out" / LOCK).exists()
 
 
@@ -154,7 +154,7 @@ def test_builds_that_race(folder: Path, tmp_path: Path) -> None:
     assert 0 in [code for _, code in ended]
     for (output, errors), code in ended:
         if code:
-            assert re.search("expected no other build at work there, got (process|one that has just begun)", errors)
+            assert re.search("expected no other build at work there, got (process|one that has just started)", errors)
             assert errors.count("\n") == 1
         else:
             assert re.match(r".*: (complete already, and unharmed: )?5 images in 3 shards", output), errors

@@ -110,7 +110,7 @@ def unharmed(victim: Path) -> None:
 def test_the_lock(folder: Path, out: Path, victim: Path, kind: str) -> None:
     """It was followed, and its target truncated; by verify --repair, too."""
     plant(out / LOCK, kind, victim)
-    with pytest.raises(ShardsError, match=rf"{LOCK}: expected a lock's file, got ") as caught:
+    with pytest.raises(ShardsError, match=rf"{LOCK}: expected a lock file, got ") as caught:
         build(folder, out)
     assert "\n" not in str(caught.value)
     unharmed(victim)
@@ -127,7 +127,7 @@ def test_the_lock_of_a_repair(dataset: Path, folder: Path, tmp_path: Path, victi
     plant(data / LOCK, "link", victim)
     result = CliRunner().invoke(main, ["verify", str(data), "--repair", "--source", str(folder)])
     assert result.exit_code == 1
-    assert f"{data / LOCK}: expected a lock's file, got a link" in result.stderr
+    assert f"{data / LOCK}: expected a lock file, got a link" in result.stderr
     unharmed(victim)
     assert shard.stat().st_size == 5000
 

@@ -124,14 +124,14 @@ def test_a_lock_is_not_written_through_a_link(tmp_path: Path) -> None:
     for plant in (os.symlink, os.link):
         plant(victim, tmp_path / "a" / LOCK)
         with (
-            pytest.raises(ShardsError, match="expected a lock's file, got (a link|one of 2 names)"),
+            pytest.raises(ShardsError, match="expected a lock file, got (a link|one with 2 names)"),
             locked(tmp_path / "a"),
         ):
             pass
         assert victim.read_text() == "dear"
         (tmp_path / "a" / LOCK).unlink(missing_ok=True)
     os.mkfifo(tmp_path / "a" / LOCK)
-    with pytest.raises(ShardsError, match="expected a lock's file, got a pipe"), locked(tmp_path / "a"):
+    with pytest.raises(ShardsError, match="expected a lock file, got a pipe"), locked(tmp_path / "a"):
         pass
 
 
@@ -151,7 +151,7 @@ def test_the_log_is_not_written_through_a_link(tmp_path: Path) -> None:
     kept = reports(tmp_path)
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").symlink_to("victim")
-    with pytest.raises(OSError, match=r"a link, where a file is written: '.*metrics.jsonl'"):
+    with pytest.raises(OSError, match=r"metrics.jsonl: a link, which is not written through"):
         kept.record(1, {"loss": 1.0})
     assert (tmp_path / "victim").read_text() == "dear"
     with pytest.raises(OSError, match="No such device|Is a directory|a folder"):
@@ -339,7 +339,7 @@ def test_a_log_that_is_a_pipe_is_refused(training_shards: Path, tmp_path: Path) 
         os.mkfifo(moved / name)
         result = resume(moved, "--shards", training_shards)
         assert result.exit_code == 1
-        assert result.stderr == f"Error: {moved / name}: a pipe, no regular file\n"
+        assert result.stderr == f"Error: {moved / name}: a pipe, not a regular file\n"
 
 
 def test_links_out_of_the_folder_are_not_read(training_shards: Path, tmp_path: Path) -> None:

@@ -326,7 +326,7 @@ def test_a_pipe_is_refused_as_a_settings_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     result = CliRunner().invoke(train.main, ["--config", str(tmp_path / "pipe")])
     assert result.exit_code == 2
-    assert "a pipe, no regular file" in result.stderr
+    assert "a pipe, not a regular file" in result.stderr
 
 
 def test_scores_are_kept_per_dataset(run: Path, training_shards: Path, photographs: Path, tmp_path: Path) -> None:
