@@ -11,8 +11,7 @@ from loader.format.index import read_index
 from loader.format.layout import plane_name
 from loader.native import SWITCH, compiled
 from prep import __version__
-from prep.build.skipped import read_skipped
-from prep.build.staging import SKIPPED
+from prep.workspace.workspace import Workspace
 
 KERNELS = {"downscaling": "loader.resize._imresize", "gather": "loader.pixels._gather", "network": "model.cpu._mixing"}
 NAMED = 20  # so many images that were left out are told by name
@@ -44,7 +43,7 @@ def describe_dataset(folder: Path) -> dict[str, Any]:
         },
         "first": index.name[0],
         "last": index.name[-1],
-        "left_out": [vars(bad) for bad in read_skipped(folder)],
+        "left_out": [vars(image) for image in Workspace(folder).read_skipped()],
         "sha256": index.sha256,
     }
 
@@ -70,7 +69,8 @@ def dataset_lines(facts: dict[str, Any]) -> list[str]:
     if left_out := facts["left_out"]:
         lines.append(f"{'left out':<10}{len(left_out)} images (build-shards --retry-skipped tries them again):")
         lines += [f"  {bad['source']}: {bad['reason']}" for bad in left_out[:NAMED]]
-        lines += [f"  … and {len(left_out) - NAMED} more, see {SKIPPED}"] * (len(left_out) > NAMED)
+        if len(left_out) > NAMED:
+            lines.append(f"  … and {len(left_out) - NAMED} more, see {Workspace(Path(facts['folder'])).skipped.name}")
     return [one_line(line) for line in lines]
 
 

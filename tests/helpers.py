@@ -8,9 +8,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.build.build import build_dataset, plan_shards
+from prep.build.build import build_dataset
 from prep.images.find import find_images
-from prep.shard.shard import Recipe
+from prep.plan.dataset import DatasetPlan, plan_dataset
+from prep.plan.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 Pixels = NDArray[np.uint8]
@@ -38,6 +39,24 @@ def write_image(path: Path, rgb: Pixels) -> None:
     path.write_bytes(data.tobytes())
 
 
+def make_recipe(**changes: object) -> Recipe:
+    """A recipe changed from the default."""
+    options: dict[str, object] = {
+        "scales": (2, 4),
+        "container": "hdf5",
+        "tile": 64,
+        "images_per_shard": 2,
+        "resize": "matlab-uint8",
+        "border": "symmetric",
+    }
+    return Recipe(**(options | changes))  # type: ignore[arg-type]
+
+
+def make_plan(source: Path, out: Path, *, lr: Path | None = None, **changes: object) -> DatasetPlan:
+    """The plan of a dataset of a folder of images, with a recipe changed from the default."""
+    return plan_dataset(find_images([source]), make_recipe(**({"given_lr": lr is not None} | changes)), out, lr)
+
+
 Build = Callable[..., Path]
 
 
@@ -54,18 +73,8 @@ def build(
     **changes: object,
 ) -> Path:
     """Build a dataset of a folder of images, with a recipe changed from the default."""
-    options: dict[str, object] = {
-        "scales": (2, 4),
-        "container": "hdf5",
-        "tile": 64,
-        "images_per_shard": 2,
-        "resize": "matlab-uint8",
-        "border": "symmetric",
-        "given_lr": lr is not None,
-    }
-    recipe = Recipe(**(options | changes))  # type: ignore[arg-type]
-    plans = plan_shards(find_images([source]), recipe, out, lr)
-    build_dataset(plans, workers, skip_bad=skip_bad, overwrite=overwrite, report=report, note=note)
+    plan = make_plan(source, out, lr=lr, **changes)
+    build_dataset(plan, workers, skip_bad=skip_bad, overwrite=overwrite, report=report, note=note)
     return out
 
 

@@ -26,25 +26,29 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
-def held(path: Path, work: str, settle: Callable[[int], None] = lambda descriptor: None) -> Iterator[str | None]:
+def held(
+    path: Path, work: str, settle: Callable[[int], None] = lambda descriptor: None, shared: float | None = None
+) -> Iterator[str | None]:
     """Hold the lock at `path`; yield a remark where the file system has no locks. The file is gone afterwards.
 
     Args:
         path: the lock's file, in the folder that it is of.
         work: what takes such locks, for messages: "build", "training".
         settle: called with the descriptor once the lock is held; an OSError of a lock that is taken means that it is
-            not free yet.
+            not free yet. Of a shared lock, it is called for the first holder alone.
+        shared: hold the lock together with others that share it, waiting up to this many seconds for it; None: hold it
+            exclusively, or fail at once. The last holder removes the file.
 
     Raises:
         ShardsError: another process holds it, or something else is at `path`.
         OSError: the file cannot be written.
     """
-    descriptor, remark = _take(path, work, settle)
+    descriptor, remark = _take(path, work, settle, shared)
     try:
         _sign(descriptor, path)
         yield remark
     finally:
-        if _is(path, descriptor):
+        if (shared is None or _is_last(descriptor)) and _is(path, descriptor):
             path.unlink(missing_ok=True)  # before the lock is let go: nobody else's file is removed
         os.close(descriptor)
 
@@ -95,17 +99,20 @@ def holder_of(descriptor: int) -> str:
         return "one that has just begun"
 
 
-def _take(path: Path, work: str, settle: Callable[[int], None]) -> tuple[int, str | None]:
+def _take(path: Path, work: str, settle: Callable[[int], None], shared: float | None) -> tuple[int, str | None]:
     """A descriptor of the lock's file with the lock on it, or with a remark that there are no locks."""
     while True:
         descriptor, remark = open_lock(path, create=True), None
         try:
-            if not lock_byte(descriptor, fcntl.LOCK_EX, HOLDER):
+            if (kind := _lock(descriptor, shared)) is None:
                 remark = f"{path.parent}: this file system has no locks: see to it that no other {work} writes here"
             elif not _is(path, descriptor):  # its holder removed it just now
                 os.close(descriptor)
                 continue
-            settle(descriptor)
+            if kind != fcntl.LOCK_SH:
+                settle(descriptor)
+            if shared is not None and kind == fcntl.LOCK_EX:
+                lock_byte(descriptor, fcntl.LOCK_SH, HOLDER)
         except OSError as error:
             holder = holder_of(descriptor)
             os.close(descriptor)
@@ -113,6 +120,35 @@ def _take(path: Path, work: str, settle: Callable[[int], None]) -> tuple[int, st
                 raise OSError(error.errno, error.strerror, str(path)) from error
             raise ShardsError(f"{path.parent}: expected no other {work} at work there, got {holder}") from None
         return descriptor, remark
+
+
+def _lock(descriptor: int, shared: float | None) -> int | None:
+    """Lock the holder's byte; return how (fcntl.LOCK_EX or LOCK_SH), None where the file system has no locks.
+
+    The first holder of a shared lock has it exclusively, until it has settled.
+    """
+    end = time.monotonic() + (shared or 0.0)
+    kind = fcntl.LOCK_EX
+    while True:
+        try:
+            return kind if lock_byte(descriptor, kind, HOLDER) else None
+        except OSError as error:
+            if shared is None or error.errno not in _TAKEN or (kind == fcntl.LOCK_SH and time.monotonic() > end):
+                raise
+            if kind == fcntl.LOCK_SH:
+                time.sleep(0.02)
+            kind = fcntl.LOCK_SH
+
+
+def _is_last(descriptor: int) -> bool:
+    """Give up a shared lock; return True if no other process holds it, and lock it exclusively then."""
+    try:
+        # Two holders that both upgraded would both fail. Unlocked first, the later of them succeeds.
+        lock_byte(descriptor, fcntl.LOCK_UN, HOLDER)
+        lock_byte(descriptor, fcntl.LOCK_EX, HOLDER)
+    except OSError:
+        return False
+    return True
 
 
 def _sign(descriptor: int, path: Path) -> None:

@@ -1,19 +1,20 @@
 """How many processes may each hold an image at once, so that the kernel never has to kill one for its memory."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from loader.errors import ShardsError
 from loader.system.free_memory import available_memory
 from loader.system.limits import PER_THREAD, address_space
-from prep.shard.shard import Recipe
+from prep.plan.recipe import Recipe
 
 PROCESS = 160 << 20  # bytes: a worker before its first image
 # Bytes for each pixel of the image in work, at their peak: pixels as decoded and as RGB, tiles, LR; its file besides.
 PER_PIXEL = {"matlab-uint8": 20, "matlab-double": 72}
 
 
-class Load(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Load:
     """What one image is for memory: its pixels, and the bytes of its largest file."""
 
     pixels: int
@@ -39,7 +40,8 @@ def fitting_workers(workers: int, largest: Load, recipe: Recipe, root: Path = Pa
     """
     image = load_memory(largest, recipe)
     each = PROCESS + image
-    file = f" in a file of {largest.file / 1e6:,.0f} MB" * (largest.file > largest.pixels * PER_PIXEL["matlab-uint8"])
+    large = largest.file > largest.pixels * PER_PIXEL["matlab-uint8"]
+    file = f" in a file of {largest.file / 1e6:,.0f} MB" if large else ""
     what = f"the largest image, of {largest.pixels / 1e6:,.1f} megapixels{file}"
     space = address_space()
     if space is not None and image + PER_THREAD > space:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from loader.errors import ShardsError
 from loader.format.layout import PAGE
-from prep.shard.shard import Recipe, run_length
+from prep.plan.recipe import Recipe
+from prep.shard.shard import run_length
 
 Sizes = list[tuple[int, int]]  # (height, width) of the images of a shard
 FILE = 8192  # bytes: the most that an HDF5 shard takes besides what is counted for its planes
@@ -18,13 +19,13 @@ def shard_bytes(sizes: Sizes, recipe: Recipe) -> int:
     hdf5 = recipe.container == "hdf5"
     total = FILE
     for height, width in sizes:
-        for scale, tile in recipe.tiles.items():
-            run = run_length(height // scale, width // scale, tile)
+        for level, tile in recipe.tiles.items():
+            run = run_length(height // level, width // level, tile)
             total += -(-run // PAGE) * PAGE + PLANE + PLANE * hdf5
     return total
 
 
-def need_space(folder: Path, shards: Iterable[Sizes], recipe: Recipe) -> None:
+def check_space(folder: Path, shards: Iterable[Sizes], recipe: Recipe) -> None:
     """Hold that shards of images of these sizes fit on the folder's file system.
 
     A quota of the user is not asked for: there is no portable way. What it refuses is reported when it does.

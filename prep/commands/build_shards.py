@@ -70,31 +70,33 @@ def build_shards(
         raise click.UsageError("--sample takes neither sources nor --lr")
     if len(sources) > 1 and out is None:
         raise click.UsageError("--out is required with several sources")
-    from prep.build.build import build_dataset, describe_bad, plan_shards
-    from prep.build.build import images_per_shard as default_count
+    from prep.build.build import build_dataset
+    from prep.build.check import describe_skipped
     from prep.console.progress import Progress
     from prep.images.find import find_images
-    from prep.shard.shard import Recipe
+    from prep.plan.dataset import default_images_per_shard, plan_dataset
+    from prep.plan.recipe import Recipe
+    from prep.workspace.workspace import Workspace
 
     start = time.monotonic()
     paths = _sources(sources, sample)
     images = find_images(paths, tell)
     folder = Path("shards", "sample" if sample else _default_name(paths[0])) if out is None else out
     recipe = Recipe(
-        tuple(sorted(set(scales))),
-        container,
-        tile,
-        images_per_shard if images_per_shard is not None else default_count(len(images)),
-        resize,
-        border,
-        lr is not None,
-        max_pixels,
+        scales=tuple(sorted(set(scales))),
+        container=container,
+        tile=tile,
+        images_per_shard=default_images_per_shard(len(images)) if images_per_shard is None else images_per_shard,
+        resize=resize,
+        border=border,
+        given_lr=lr is not None,
+        max_pixels=max_pixels,
     )
-    plans = plan_shards(images, recipe, folder, lr, tell)
+    plan = plan_dataset(images, recipe, folder, lr, tell)
     signal.signal(signal.SIGTERM, _interrupt)
     with Progress(len(images), "image") as progress:
         summary = build_dataset(
-            plans,
+            plan,
             _cores() if workers is None else workers,
             skip_bad=on_error == "skip",
             overwrite=overwrite,
@@ -104,14 +106,14 @@ def build_shards(
         )
     seconds = time.monotonic() - start
     count = len(summary.index.name)
+    state = "complete already, and unharmed: " if summary.checked else ""
     click.echo(
-        f"{folder}: {'complete already, and unharmed: ' * summary.checked}{count} images in "
-        f"{len(summary.index.shards)} shards, {summary.bytes / 1e6:.1f} MB, {seconds:.1f} s, "
-        f"{count / seconds:.1f} images/s"
+        f"{folder}: {state}{count} images in {len(summary.index.shards)} shards, {summary.bytes / 1e6:.1f} MB, "
+        f"{seconds:.1f} s, {count / seconds:.1f} images/s"
     )
-    if summary.bad:
-        lines = describe_bad(plans, summary.bad)
-        head = f"left out {len(lines)}, also listed in skipped.json (--retry-skipped tries them again):"
+    if summary.skipped:
+        lines, name = describe_skipped(plan, summary.skipped), Workspace(folder).skipped.name
+        head = f"left out {len(lines)}, also listed in {name} (--retry-skipped tries them again):"
         tell("\n  ".join([head, *lines]))
         sys.exit(WITH_SKIPS)
 

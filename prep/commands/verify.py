@@ -44,10 +44,10 @@ def verify(
     if quick and sources:
         raise click.UsageError("--quick reads no pixels: it goes without --source")
     from loader.format.index import read_index_alone
-    from prep.build.skipped import left_out
     from prep.console.progress import Progress
     from prep.verify.sources import Originals
     from prep.verify.verify import check_shards, compare_images
+    from prep.workspace.workspace import Workspace
 
     start = time.monotonic()
     workers = workers or len(os.sched_getaffinity(0))
@@ -87,7 +87,7 @@ def verify(
             verdict += ", but for the LR, which was given: --lr compares it"
     if left := len(findings) - len(wrong):
         verdict = f"{verdict if wrong else 'nothing wrong found'}; {left} images could not be compared"
-    verdict += left_out(folder)
+    verdict += Workspace(folder).describe_skipped()
     if repaired:
         verdict = f"{repaired} shards repaired, {verdict}"
     click.echo(one_line(f"{folder}: {images} images in {count} shards, {size:.1f} MB, {seconds:.1f} s: {verdict}"))
@@ -98,13 +98,13 @@ def verify(
 def _repair(
     folder: Path, index: Index, originals: "Originals", numbers: list[int], workers: int
 ) -> dict[int, str | None]:
-    from prep.build.lock import locked
     from prep.console.progress import Progress
     from prep.verify.verify import repair_shards
+    from prep.workspace.workspace import Workspace
 
     images = sum(int((index.shard == number).sum()) for number in numbers)
     try:
-        with locked(folder, tell), Progress(images, "image") as progress:
+        with Workspace(folder).locked(tell), Progress(images, "image") as progress:
             return repair_shards(folder, index, originals, numbers, workers, progress)
     except OSError as error:
         raise ShardsError(f"{error.filename or folder}: could not be written: {error.strerror or error}") from None

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from loader.errors import ShardsError
-from loader.format.layout import CONTAINERS, Index
+from loader.format.layout import Index
 from loader.system.safefile import sync_folder
-from prep.shard.shard import ShardPlan, build_shard
+from prep.plan.dataset import ShardPlan
+from prep.shard.shard import build_shard
 from prep.verify.sources import Originals, recipe_of
-
-WORKSHOP = "repair.part"
+from prep.workspace.workspace import Workspace
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def workshop(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
-    place = folder / WORKSHOP
+    place = Workspace(folder).repair
     with contextlib.suppress(OSError):  # a folder: removed next; or nothing
         place.unlink()
     shutil.rmtree(place, ignore_errors=True)
@@ -58,21 +58,20 @@ def repair_shard(
     if not originals.has_all(index):
         raise ShardsError("its LR was given: --lr names the folder")
     sources = tuple(originals.source(index, int(image)) for image in np.flatnonzero(index.shard == number))
-    serial = int(shard.file.removeprefix("shard-").removesuffix(CONTAINERS[index.container]))
-    plan = ShardPlan(serial, sources, recipe_of(index), place)
+    path = place / shard.file
 
     def proceed(good: bool) -> bool:
         tick()
         return good
 
     try:
-        record = build_shard(plan, proceed)
-        if record.bad:
-            raise ShardsError(record.bad[0].reason)
+        record = build_shard(ShardPlan(shard.file, sources), recipe_of(index), path, proceed)
+        if record.skipped:
+            raise ShardsError(record.skipped[0].reason)
         if record.shard != shard:
             got = record.shard.sha256 if record.shard else "no image"
             raise ShardsError(f"built again from its sources: expected sha256 {shard.sha256}, got {got}")
-        plan.part.replace(folder / shard.file)
+        path.replace(folder / shard.file)
         sync_folder(folder)
     except OSError as error:
         raise ShardsError(f"it could not be written: {error.strerror or error}") from None

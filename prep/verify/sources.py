@@ -16,8 +16,10 @@ from loader.pixels.tiles import Pixels, split
 from loader.system.safefile import open_named
 from prep.images.faults import NOWHERE, ImageError, StorageError
 from prep.images.find import ImageFile
+from prep.plan.dataset import Source
+from prep.plan.recipe import Recipe
 from prep.shard.checksums import Finding
-from prep.shard.shard import Recipe, Source, read_planes
+from prep.shard.planes import read_planes
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def compare_image(folder: Path, index: Index, image: int, originals: Originals, 
             continue
         file = source.lr[scale] if given else source.image
         try:
-            text = _difference(folder, index, image, scale, planes[scale][0])
+            text = _difference(folder, index, image, scale, planes[scale].pixels)
         except FormatError as error:
             findings.append(Finding(number, str(error), image, scale))
             continue

@@ -21,7 +21,7 @@ from loader.format.index import read_index
 from loader.pixels.shards import Shards
 from prep.cli import main
 from prep.images.decode import decode
-from prep.shard import shard as shard_module
+from prep.shard import planes as planes_module
 
 RGB = photograph(23, 31)
 PICTURE = Image.fromarray(RGB)
@@ -285,7 +285,7 @@ def test_a_file_that_changes_during_the_build(
             second.write_bytes(PNG[:100] if change == "cut" else other)
         return decode(data, *rest)
 
-    monkeypatch.setattr(shard_module, "decode", decode_and_change)
+    monkeypatch.setattr(planes_module, "decode", decode_and_change)
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as caught:
         main(["build-shards", str(tmp_path / "in"), "--scale", "2", "--workers", "1", "--out", str(out)])

@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from helpers import Pixels, build, digests, photograph, write_image
+from helpers import Pixels, build, digests, make_plan, photograph, write_image
 
 from loader.errors import ShardsError
 from loader.format.index import read_index
@@ -18,9 +18,8 @@ from loader.format.layout import HR, PAGE
 from loader.pixels.shards import Shards
 from loader.pixels.tiles import split
 from loader.resize.imresize import Border, imresize
-from prep.build.build import build_dataset, images_per_shard, plan_shards
-from prep.images.find import find_images
-from prep.shard.shard import Recipe
+from prep.build.build import build_dataset
+from prep.plan.dataset import default_images_per_shard
 from prep.shard.writers import open_writer
 
 
@@ -173,16 +172,15 @@ def test_bad_images_fail_the_build(folder: Path, tmp_path: Path, workers: int) -
 @pytest.mark.parametrize("workers", [1, 3])
 def test_bad_images_are_left_out_on_request(folder: Path, tmp_path: Path, workers: int) -> None:
     source = spoil(folder, tmp_path / "images")
-    recipe = Recipe((2, 4), "raw", 64, 2, "matlab-uint8", "symmetric")
-    plans = plan_shards(find_images([source]), recipe, tmp_path / "out")
+    plan = make_plan(source, tmp_path / "out", container="raw")
     done: list[int] = []
-    summary = build_dataset(plans, workers, skip_bad=True, overwrite=False, report=done.append)
-    assert [(bad.image, bad.source) for bad in summary.bad] == [
+    summary = build_dataset(plan, workers, skip_bad=True, overwrite=False, report=done.append)
+    assert [(bad.image, bad.source) for bad in summary.skipped] == [
         ("bad1", "bad1.png"),
         ("bad2", "bad2.jpg"),
         ("tiny", "tiny.png"),
     ]
-    assert json.loads((tmp_path / "out/skipped.json").read_text()) == [vars(bad) for bad in summary.bad]
+    assert json.loads((tmp_path / "out/skipped.json").read_text()) == [vars(bad) for bad in summary.skipped]
     assert list(read_index(tmp_path / "out").name) == ["a", "b", "c", "d e", "ü"]
     assert done == sorted(done)
     assert workers > 1 or done[-1] == 8
@@ -191,10 +189,9 @@ def test_bad_images_are_left_out_on_request(folder: Path, tmp_path: Path, worker
 def test_nothing_usable(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_text("no image")
-    recipe = Recipe((2,), "raw", 64, 2, "matlab-uint8", "symmetric")
-    plans = plan_shards(find_images([tmp_path / "images"]), recipe, tmp_path / "out")
+    plan = make_plan(tmp_path / "images", tmp_path / "out", scales=(2,), container="raw")
     with pytest.raises(ShardsError, match="expected at least one usable image, got none"):
-        build_dataset(plans, 1, skip_bad=True, overwrite=False, report=lambda done: None)
+        build_dataset(plan, 1, skip_bad=True, overwrite=False, report=lambda done: None)
     assert not (tmp_path / "out").exists()
 
 
@@ -204,11 +201,10 @@ def test_an_earlier_dataset_is_kept_until_the_new_one_is_whole(folder: Path, tmp
     with pytest.raises(ShardsError, match="got another"):
         build(folder, out)
     (out / "notes.txt").write_text("mine")
-    recipe = Recipe((2,), "raw", 32, 3, "matlab-uint8", "symmetric")
 
     def rebuild(source: Path) -> None:
-        plans = plan_shards(find_images([source]), recipe, out)
-        build_dataset(plans, 1, skip_bad=False, overwrite=True, report=lambda done: None)
+        plan = make_plan(source, out, scales=(2,), container="raw", tile=32, images_per_shard=3)
+        build_dataset(plan, 1, skip_bad=False, overwrite=True, report=lambda done: None)
 
     with pytest.raises(ShardsError, match="bad1"):
         rebuild(spoil(folder, tmp_path / "images"))
@@ -242,4 +238,4 @@ def test_bad_recipes(folder: Path, tmp_path: Path, change: dict[str, object], me
 
 
 def test_default_number_of_images_per_shard() -> None:
-    assert [images_per_shard(count) for count in (1, 100, 200, 800, 3450, 85_000)] == [8, 8, 13, 50, 64, 64]
+    assert [default_images_per_shard(count) for count in (1, 100, 200, 800, 3450, 85_000)] == [8, 8, 13, 50, 64, 64]

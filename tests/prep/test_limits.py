@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Build, digests, photograph, write_image
+from helpers import Build, digests, make_recipe, photograph, write_image
 from helpers import build as typed_build
 
 from loader.errors import ShardsError
@@ -20,10 +20,10 @@ from loader.system.limits import PER_THREAD, affordable_threads
 from loader.system.threads import in_threads
 from prep.build import memory, pool
 from prep.build.memory import Load, fitting_workers
-from prep.shard.shard import Recipe, build_shard
+from prep.shard.shard import build_shard
 
 build: Build = typed_build
-RECIPE = Recipe((2,), "raw", 64, 1, "matlab-uint8", "symmetric")
+RECIPE = make_recipe(scales=(2,), container="raw", images_per_shard=1)
 
 
 @pytest.mark.parametrize("megabytes", [900, 600])
@@ -81,16 +81,16 @@ def test_no_more_threads_than_there_is_address_space_for(monkeypatch: pytest.Mon
 def test_an_image_larger_than_the_address_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "address_space", lambda: 1 << 30)
     with pytest.raises(ShardsError, match=r"expected 2,168 MB of address space .* got 1,074 MB left \(ulimit -v\)"):
-        fitting_workers(1, Load(100_000_000, 0), RECIPE, tmp_path)
+        fitting_workers(1, Load(pixels=100_000_000, file=0), RECIPE, tmp_path)
 
 
 def test_files_count(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemAvailable: 2000000 kB\n")
-    assert fitting_workers(4, Load(1000, 0), RECIPE, tmp_path) == 4
-    assert fitting_workers(4, Load(1000, 800 << 20), RECIPE, tmp_path) == 2
+    assert fitting_workers(4, Load(pixels=1000, file=0), RECIPE, tmp_path) == 4
+    assert fitting_workers(4, Load(pixels=1000, file=800 << 20), RECIPE, tmp_path) == 2
     with pytest.raises(ShardsError, match=r"megapixels in a file of 3,000 MB, got 2,048 MB"):
-        fitting_workers(4, Load(1000, 3_000_000_000), RECIPE, tmp_path)
+        fitting_workers(4, Load(pixels=1000, file=3_000_000_000), RECIPE, tmp_path)
 
 
 @pytest.mark.parametrize("most", [0, 1])

@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Build, digests, photograph, write_image
+from helpers import Build, digests, make_plan, photograph, write_image
 from helpers import build as typed_build
 
-import prep.build.journal
-import prep.build.terms
+import prep.build.check
+import prep.plan.dataset
 from loader.errors import ShardsError
 from loader.format.index import read_index
-from prep.build.build import Summary, build_dataset, plan_shards
-from prep.build.records import _dump
-from prep.build.staging import BUILD, RECORD
-from prep.images.find import find_images
-from prep.shard.shard import PART, Recipe
+from prep.build.build import Summary, build_dataset
+from prep.sealed import seal
+from prep.workspace.workspace import PART, RECORD, Workspace
 
 build: Build = typed_build
 
@@ -117,7 +115,7 @@ def harm_record(images: Path, out: Path) -> None:
 def spoil_terms_of_record(images: Path, out: Path) -> None:
     """A record of another build, whole in itself."""
     path = next(out.glob("shard-00001.*.json"))
-    path.write_bytes(_dump(json.loads(path.read_bytes().splitlines()[0]) | {"build": "0" * 64}))
+    path.write_bytes(seal(json.loads(path.read_bytes().splitlines()[0]) | {"build": "0" * 64}))
 
 
 @pytest.mark.parametrize(
@@ -202,10 +200,10 @@ def test_an_unfinished_build_by_another_version_is_refused_a_dataset_is_not(
     one_each: Build, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, whole = unfinished(one_each, images, tmp_path / "out"), one_each(images, tmp_path / "whole")
-    monkeypatch.setattr(prep.build.terms, "MADE_BY", "srshards 9.9")
+    monkeypatch.setattr(prep.plan.dataset, "MADE_BY", "srshards 9.9")
     with pytest.raises(ShardsError, match=r"made by: srshards .* there, srshards 9.9 asked for"):
         one_each(images, out)
-    monkeypatch.setattr(prep.build.build, "MADE_BY", "srshards 9.9")
+    monkeypatch.setattr(prep.build.check, "MADE_BY", "srshards 9.9")
     notes: list[str] = []
     one_each(images, whole, note=notes.append)
     assert re.fullmatch(r".*: made by srshards .*; this is srshards 9.9", notes[-1])
@@ -227,7 +225,8 @@ def test_what_was_stopped_elsewhere_after_a_bad_image_is_built_again(one_each: B
 
 def test_damaged_terms_are_refused(one_each: Build, images: Path, tmp_path: Path) -> None:
     out = unfinished(one_each, images, tmp_path / "out")
-    (out / BUILD).write_text((out / BUILD).read_text().replace("64", "32"))
+    manifest = Workspace(out).manifest
+    manifest.write_text(manifest.read_text().replace("64", "32"))
     with pytest.raises(ShardsError, match="build.json: damaged"):
         one_each(images, out)
     one_each(images, out, overwrite=True)
@@ -244,11 +243,9 @@ def test_shards_that_lost_their_index_are_not_thrown_away(one_each: Build, image
     assert digests(out) == expected
 
 
-def summary(images: Path, out: Path, *, skip_bad: bool = False, **changes: object) -> Summary:
-    options: dict[str, object] = {"container": "raw", "tile": 64, "images_per_shard": 2, "resize": "matlab-uint8"}
-    recipe = Recipe((2, 4), **(options | {"border": "symmetric"} | changes))  # type: ignore[arg-type]
-    plans = plan_shards(find_images([images]), recipe, out)
-    return build_dataset(plans, 2, skip_bad=skip_bad, overwrite=False, report=lambda done: None)
+def summary(images: Path, out: Path, *, skip_bad: bool = False, **changes: Any) -> Summary:
+    plan = make_plan(images, out, container="raw", **changes)
+    return build_dataset(plan, 2, skip_bad=skip_bad, overwrite=False, report=lambda done: None)
 
 
 def test_a_complete_dataset_is_checked(images: Path, tmp_path: Path) -> None:
@@ -280,11 +277,10 @@ def test_what_was_left_out_is_remembered(images: Path, tmp_path: Path) -> None:
     build(images, out, skip_bad=True, images_per_shard=1)
     assert digests(out) == expected
     assert [entry["source"] for entry in json.loads((out / "skipped.json").read_text())] == ["bad.png", "worse.png"]
-    recipe = Recipe((2, 4), "hdf5", 64, 1, "matlab-uint8", "symmetric")
-    plans = plan_shards(find_images([images]), recipe, out)
-    again = build_dataset(plans, 1, skip_bad=True, overwrite=False, report=lambda done: None)
+    plan = make_plan(images, out, images_per_shard=1)
+    again = build_dataset(plan, 1, skip_bad=True, overwrite=False, report=lambda done: None)
     assert again.checked
-    assert [bad.source for bad in again.bad] == ["bad.png", "worse.png"]
+    assert [bad.source for bad in again.skipped] == ["bad.png", "worse.png"]
     with pytest.raises(ShardsError, match=r"(?s)lacks 2, left out before .*/bad.png: .*/worse.png: "):
         build(images, out, images_per_shard=1)
 

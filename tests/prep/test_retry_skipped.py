@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from helpers import Build, digests, photograph, write_image
+from helpers import Build, digests, make_plan, photograph, write_image
 from helpers import build as typed_build
 
 from loader.errors import FormatError, ShardsError
 from loader.format.index import read_index
-from prep.build.build import build_dataset, plan_shards
-from prep.build.skipped import left_out, read_skipped
+from prep.build.build import build_dataset
 from prep.cli import main
-from prep.images.find import find_images
-from prep.shard.shard import Recipe
+from prep.workspace.workspace import Workspace
 
 build: Build = typed_build
 
@@ -36,13 +34,11 @@ def source(folder: Path, tmp_path: Path) -> Path:
 
 def again(source: Path, out: Path, notes: list[str], **options: object) -> list[str]:
     """Try images again in a build of two images per shard; return the sources of those left out."""
-    recipe = Recipe((2, 4), "hdf5", 64, 2, "matlab-uint8", "symmetric")
-    plans = plan_shards(find_images([source]), recipe, out)
     report = options.pop("report", lambda done: None)
     summary = build_dataset(
-        plans, 1, skip_bad=False, overwrite=False, retry=True, note=notes.append, report=report,  # type: ignore[arg-type]
+        make_plan(source, out), 1, skip_bad=False, overwrite=False, retry=True, note=notes.append, report=report,  # type: ignore[arg-type]
     )  # fmt: skip
-    return [bad.source for bad in summary.bad]
+    return [bad.source for bad in summary.skipped]
 
 
 def test_it_is_told_everywhere(source: Path, tmp_path: Path) -> None:
@@ -151,16 +147,16 @@ def test_another_dataset_is_not_touched(source: Path, tmp_path: Path) -> None:
 def test_a_list_by_a_stranger(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "skipped.json").write_text(text)
     with pytest.raises(FormatError, match=message):
-        read_skipped(tmp_path)
-    assert "not known" in left_out(tmp_path)
+        Workspace(tmp_path).read_skipped()
+    assert "not known" in Workspace(tmp_path).describe_skipped()
 
 
 def test_a_list_that_is_no_file(tmp_path: Path) -> None:
-    assert read_skipped(tmp_path) == []
-    assert left_out(tmp_path) == ""
+    assert Workspace(tmp_path).read_skipped() == []
+    assert Workspace(tmp_path).describe_skipped() == ""
     os.mkfifo(tmp_path / "skipped.json")
     with pytest.raises(FormatError, match="got a pipe, no regular file"):
-        read_skipped(tmp_path)
+        Workspace(tmp_path).read_skipped()
 
 
 def test_names_in_a_list_reach_the_terminal_escaped(source: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import Build, digests, photograph, write_image
+from helpers import Build, digests, make_recipe, photograph, write_image
 from helpers import build as typed_build
 
 import prep.build.affordable
@@ -15,15 +15,14 @@ from loader.system.free_memory import available_memory
 from prep.build.memory import PROCESS, Load, fitting_workers
 from prep.build.space import shard_bytes
 from prep.images.decode import read_size
-from prep.shard.shard import Recipe
+from prep.plan.recipe import Recipe
 
 build: Build = typed_build
 MB = 1 << 20
 
 
 def recipe(**changes: object) -> Recipe:
-    options: dict[str, object] = {"container": "raw", "tile": 64, "images_per_shard": 2, "resize": "matlab-uint8"}
-    return Recipe((2, 4), **(options | {"border": "symmetric"} | changes))  # type: ignore[arg-type]
+    return make_recipe(**({"container": "raw"} | changes))
 
 
 @pytest.mark.parametrize("container", ["hdf5", "raw"])
@@ -123,21 +122,23 @@ def test_memory_is_the_machines_or_the_least_of_the_groups(
 
 def test_memory_that_nobody_tells_of_limits_nothing(tmp_path: Path) -> None:
     assert available_memory(tmp_path) is None
-    assert fitting_workers(64, Load(1 << 40, 0), recipe(), tmp_path) == 64
+    assert fitting_workers(64, Load(pixels=1 << 40, file=0), recipe(), tmp_path) == 64
     assert available_memory() is not None
 
 
 def test_fewer_workers_where_memory_is_short(tmp_path: Path) -> None:
     root = machine(tmp_path, 1000, {}, {})
     each = (1000 * MB // 3 - PROCESS) // 20  # pixels of which three fit
-    assert fitting_workers(2, Load(each, 0), recipe(), root) == 2
-    assert fitting_workers(8, Load(each, 0), recipe(), root) == 3
-    assert fitting_workers(8, Load(each + 1, 0), recipe(), root) == 2
-    assert fitting_workers(8, Load(each, 0), recipe(given_lr=True, resize="matlab-double"), root) == 3
+    assert fitting_workers(2, Load(pixels=each, file=0), recipe(), root) == 2
+    assert fitting_workers(8, Load(pixels=each, file=0), recipe(), root) == 3
+    assert fitting_workers(8, Load(pixels=each + 1, file=0), recipe(), root) == 2
+    assert fitting_workers(8, Load(pixels=each, file=0), recipe(given_lr=True, resize="matlab-double"), root) == 3
     with pytest.raises(
         ShardsError, match=r"expected [\d,]+ MB of memory for the largest image, of [\d.]+ megap.*, got 734"
     ):
-        fitting_workers(8, Load(each, 0), recipe(resize="matlab-double"), machine(tmp_path / "small", 700, {}, {}))
+        fitting_workers(
+            8, Load(pixels=each, file=0), recipe(resize="matlab-double"), machine(tmp_path / "small", 700, {}, {})
+        )
 
 
 def test_a_build_takes_what_memory_there_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +151,7 @@ def test_a_build_takes_what_memory_there_is(folder: Path, tmp_path: Path, monkey
     monkeypatch.setattr(prep.build.affordable, "fitting_workers", fitting)
     notes: list[str] = []
     build(folder, tmp_path / "out", workers=8, note=notes.append)
-    assert asked == [(3, Load(128 * 192, (folder / "a.png").stat().st_size))]
+    assert asked == [(3, Load(pixels=128 * 192, file=(folder / "a.png").stat().st_size))]
     assert notes == ["memory for 1 of 3 workers: the largest image has 0.0 megapixels"]
 
 

@@ -449,8 +449,8 @@ def test_one_repair_or_build_at_a_time(copy: Path, folder: Path) -> None:
     path, offset = place(copy, 0, HR)
     damage(path, offset)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom prep.build.lock import locked\n"
-        f"with locked(Path({str(copy)!r}), print):\n    print('taken', flush=True)\n    sys.stdin.read()\n"
+        "import sys\nfrom pathlib import Path\nfrom prep.workspace.workspace import Workspace\n"
+        f"with Workspace(Path({str(copy)!r})).locked(print):\n    print('taken', flush=True)\n    sys.stdin.read()\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]

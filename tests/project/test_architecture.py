@@ -23,8 +23,10 @@ loader.stream
 loader.batches loader.stage
 loader
 prep
-prep.console prep.images
+prep.console prep.images prep.sealed
+prep.plan
 prep.shard
+prep.workspace
 prep.build
 prep.verify prep.bench
 prep.info prep.imresize

@@ -16,13 +16,15 @@ import pytest
 from helpers import Build, digests
 from helpers import build as typed_build
 
-import prep.build.lock
+import prep.workspace.lock
 from loader.dataset import PatchDataset
 from loader.errors import FormatError, ShardsError
 from loader.format.index import read_index
-from prep.build.lock import LOCK
+from prep.workspace.lock import LockMode
+from prep.workspace.workspace import Workspace
 
 build: Build = typed_build
+LOCK = Workspace(Path()).lock.name
 
 
 def python(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -40,13 +42,14 @@ def python(code: str, *arguments: object) -> subprocess.Popen[str]:
 HOLD = """
 import sys
 from pathlib import Path
-from prep.build.lock import locked, share_lock
-if sys.argv[2] == "build":
-    with locked(Path(sys.argv[1]), print):
+from prep.workspace.lock import LockMode
+from prep.workspace.workspace import Workspace
+if sys.argv[2] in ("WHOLE", "PART"):
+    with Workspace(Path(sys.argv[1])).locked(print, LockMode[sys.argv[2]]):
         print("held", flush=True)
         sys.stdin.read()
 else:
-    share_lock(Path(sys.argv[1]))
+    Workspace(Path(sys.argv[1])).join_lock()
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -54,7 +57,7 @@ else:
 
 @contextmanager
 def holder(folder: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds a folder's lock: as a build, or as a worker of one."""
+    """Another process that holds a folder's lock: as a whole build, a part of one, or a worker."""
     with python(HOLD, folder, kind) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
@@ -67,7 +70,7 @@ def holder(folder: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
 def test_a_second_build_is_refused_until_the_first_one_ends_in_any_way(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    with holder(out, "build") as process:
+    with holder(out, "WHOLE") as process:
         got = rf"process {process.pid} on .+, since \d+-\d+-\d+ .*"
         with pytest.raises(
             ShardsError, match=rf"{re.escape(str(out))}: expected no other build at work there, got {got}"
@@ -87,14 +90,58 @@ def test_a_build_waits_for_the_workers_of_one_that_was_killed(
     out.mkdir()
     (out / LOCK).touch()
     with holder(out, "worker") as process:
-        monkeypatch.setattr(prep.build.lock, "PATIENCE", 0.1)
+        monkeypatch.setattr(prep.workspace.lock, "PATIENCE", 0.1)
         with pytest.raises(ShardsError, match="expected no other build at work there"):
             build(folder, out)
-        monkeypatch.setattr(prep.build.lock, "PATIENCE", 60.0)
+        monkeypatch.setattr(prep.workspace.lock, "PATIENCE", 60.0)
         threading.Timer(0.2, process.kill).start()
         build(folder, out)
         assert process.wait() < 0
     assert not (out / LOCK).exists()
+
+
+def test_parts_share_the_lock_a_whole_build_does_not(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prep.workspace.lock, "PATIENCE", 0.1)
+    out = tmp_path / "out"
+    out.mkdir()
+    workspace = Workspace(out)
+    with holder(out, "PART"), holder(out, "worker"):  # of the part: other parts do not wait for it
+        with holder(out, "PART"), workspace.locked(print, LockMode.PART):
+            pass
+        assert workspace.lock.exists()  # there is still a holder
+        with pytest.raises(ShardsError, match="expected no other build at work there, got process"):
+            build(folder, out)
+    with (
+        holder(out, "WHOLE"),
+        pytest.raises(ShardsError, match="expected no other build at work there, got process"),
+        workspace.locked(print, LockMode.PART),
+    ):
+        pass
+    with workspace.locked(print, LockMode.PART):
+        pass
+    assert not workspace.lock.exists()
+    assert digests(build(folder, out)) == digests(build(folder, tmp_path / "undisturbed"))
+
+
+def test_a_part_waits_for_a_whole_build_that_ends(tmp_path: Path) -> None:
+    with holder(tmp_path, "WHOLE") as process:
+        threading.Timer(0.2, process.kill).start()
+        with Workspace(tmp_path).locked(print, LockMode.PART):
+            assert process.wait() < 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_part_waits_for_workers_of_a_killed_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Workspace(tmp_path).lock.touch()
+    with holder(tmp_path, "worker"):
+        monkeypatch.setattr(prep.workspace.lock, "PATIENCE", 0.1)
+        with (
+            pytest.raises(ShardsError, match="expected no other build at work there"),
+            Workspace(tmp_path).locked(print, LockMode.PART),
+        ):
+            pass
 
 
 def test_where_there_are_no_locks_a_build_goes_on_and_says_so(
@@ -114,14 +161,22 @@ TAKE_TURNS = """
 import os, sys, time
 from pathlib import Path
 from loader.errors import ShardsError
-from prep.build.lock import locked
+from prep.workspace.lock import LockMode
+from prep.workspace.workspace import Workspace
 folder, taken, refused = Path(sys.argv[1]), 0, 0
 (folder.parent / str(os.getpid())).touch()
 while len(list(folder.parent.iterdir())) < 4:  # all begin together
     time.sleep(0.001)
 while taken < 50:
     try:
-        with locked(folder, print):
+        with Workspace(folder).locked(print, LockMode[sys.argv[2]]):
+            if sys.argv[2] == "PART":
+                (folder / f"part-{os.getpid()}").touch()
+                time.sleep(0.001)
+                (folder / f"part-{os.getpid()}").unlink()
+                taken += 1
+                continue
+            assert not list(folder.glob("part-*"))
             os.close(os.open(folder / "alone", os.O_CREAT | os.O_EXCL))
             time.sleep(0.001)
             os.unlink(folder / "alone")
@@ -132,15 +187,17 @@ print(refused)
 """
 
 
-def test_the_lock_is_held_by_one_though_its_file_comes_and_goes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("modes", ["WHOLE WHOLE WHOLE", "PART PART WHOLE", "PART PART PART"])
+def test_the_lock_is_held_by_one_though_its_file_comes_and_goes(tmp_path: Path, modes: str) -> None:
+    """Exclusively by one, or by parts only."""
     (tmp_path / "locked").mkdir()
-    processes = [python(TAKE_TURNS, tmp_path / "locked") for _ in range(3)]
+    processes = [python(TAKE_TURNS, tmp_path / "locked", mode) for mode in modes.split()]
     refused = 0
     for process in processes:
         output, errors = process.communicate(timeout=120)
         assert (process.returncode, errors) == (0, "")
         refused += int(output)
-    assert refused
+    assert refused or "PART" in modes
     assert not list((tmp_path / "locked").iterdir())
 
 

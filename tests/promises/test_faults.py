@@ -232,7 +232,7 @@ def test_a_full_disk(
     with pytest.raises(ShardsError, match=r"expected [\d.]+ MB of free space .* got [\d.]+ MB; [\d.]+ MB are missing"):
         one_each(images, small_disk(50) / "out")
     assert not (small_disk(50) / "out").exists()
-    monkeypatch.setattr(prep.build.affordable, "need_space", lambda *_: None)  # the others came while we built
+    monkeypatch.setattr(prep.build.affordable, "check_space", lambda *_: None)  # the others came while we built
     for pages in range(1, 200, 4):
         out = small_disk(pages) / "out"
         try:

@@ -14,23 +14,22 @@ import h5py
 import numpy as np
 import pytest
 from fuzzing import EDGES, change_json, fuzz, mutated, refused
-from helpers import build, photograph, write_image
+from helpers import build, make_plan, photograph, write_image
 
 from loader.errors import FormatError
 from loader.format.index import read_index
-from prep.build.build import plan_shards
-from prep.build.journal import Journal, read_terms
-from prep.build.records import _dump, parse_record, parse_terms
-from prep.build.skipped import LIMIT, read_skipped
-from prep.build.staging import BUILD, RECORD, SKIPPED
-from prep.build.terms import differences, terms_of
-from prep.images.find import find_images
+from prep.plan.dataset import DatasetPlan
+from prep.plan.manifest import Manifest, differences
+from prep.sealed import seal
 from prep.shard.hdf5 import check_structure
-from prep.shard.shard import Recipe, ShardPlan
+from prep.workspace.record_file import parse_record
+from prep.workspace.skipped import LIMIT
+from prep.workspace.state import Unfinished
+from prep.workspace.workspace import Workspace
 
 WORDS = [*EDGES, b'"', b"[", b"{", b"]", b"}", b",", b":", b"-", b"1e9", b"9" * 5000, b"[" * 3000, b"\\u0000",
          b"null", b"NaN", b"\xff", b'"../x"', b"true", b'"HR"', b'"\\ud800"', b"9223372036854775807"]  # fmt: skip
-Stopped = tuple[Path, list[ShardPlan]]
+Stopped = tuple[Workspace, DatasetPlan]
 
 
 @pytest.fixture(scope="module", params=["hdf5", "raw"])
@@ -48,8 +47,7 @@ def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     options: dict[str, Any] = {"container": request.param, "tile": 16, "images_per_shard": 2}
     with pytest.raises(KeyboardInterrupt):
         build(place / "in", place / "out", skip_bad=True, report=report, **options)
-    recipe = Recipe((2, 4), resize="matlab-uint8", border="symmetric", **options)
-    return place / "out", plan_shards(find_images([place / "in"]), recipe, place / "out")
+    return Workspace(place / "out"), make_plan(place / "in", place / "out", **options)
 
 
 def sealed(body: bytes) -> bytes:
@@ -70,12 +68,11 @@ def changed(text: bytes, rng: random.Random) -> bytes:
 
 def test_records(stopped: Stopped, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """What is found again is what was recorded; everything else is built anew."""
-    out, plans = stopped
-    journal = Journal(out, terms_of(plans))
-    honest = {plan.number: journal.find(plan) for plan in plans[:2]}
-    assert all(honest.values())
-    paths = {plan.number: out / (plan.file + RECORD) for plan in plans[:2]}
-    texts = {number: path.read_bytes() for number, path in paths.items()}
+    workspace, plan = stopped
+    honest = [workspace.find(plan, shard) for shard in plan.shards[:2]]
+    assert all(honest)
+    paths = [workspace.record(shard.file) for shard in plan.shards[:2]]
+    texts = [path.read_bytes() for path in paths]
 
     def make(rng: random.Random) -> tuple[int, bytes]:
         number = rng.randrange(2)
@@ -85,7 +82,7 @@ def test_records(stopped: Stopped, tmp_path: Path, capfd: pytest.CaptureFixture[
         number, text = given
         paths[number].write_bytes(text)
         try:
-            found = journal.find(plans[number])
+            found = workspace.find(plan, plan.shards[number])
         finally:
             paths[number].write_bytes(texts[number])
         try:
@@ -98,7 +95,7 @@ def test_records(stopped: Stopped, tmp_path: Path, capfd: pytest.CaptureFixture[
         record = honest[number]
         assert record is not None
         # Who may write a record may say why an image is bad, and nobody checks it; the rest follows from the shard.
-        assert [bad.image for bad in found.bad] == [bad.image for bad in record.bad]
+        assert [image.image for image in found.skipped] == [image.image for image in record.skipped]
         assert [image.name for image in found.images] == [image.name for image in record.images]
         assert found.shard == record.shard
         assert [{s: (r.offset, r.crc32, r.source) for s, r in image.runs.items()} for image in found.images] == [
@@ -106,31 +103,33 @@ def test_records(stopped: Stopped, tmp_path: Path, capfd: pytest.CaptureFixture[
         ]
         return "taken"
 
-    told = fuzz(f"records ({plans[0].recipe.container})", make, meet, capfd)
+    told = fuzz(f"records ({plan.recipe.container})", make, meet, capfd)
     assert told["refused"]
     assert told["not believed"]
 
 
-def test_terms(stopped: Stopped, capfd: pytest.CaptureFixture[str]) -> None:
-    out, plans = stopped
-    terms = terms_of(plans)
-    text = (out / BUILD).read_bytes()
-    assert read_terms(out, terms) == terms
+def test_manifests(stopped: Stopped, capfd: pytest.CaptureFixture[str]) -> None:
+    workspace, plan = stopped
+    manifest, where = plan.manifest, workspace.manifest.name
+    text = workspace.manifest.read_bytes()
+    assert workspace.state(manifest) == Unfinished()
+    assert Manifest.parse(text, where) == manifest
 
     def meet(given: bytes) -> str:
         try:
-            found = parse_terms(given, BUILD)
+            found = Manifest.parse(given, where)
         except FormatError as error:
-            return refused(error, BUILD)
-        assert all(line.isprintable() and len(line) < 2500 for line in differences(terms, found, versions=True))
+            return refused(error, where)
+        assert all(line.isprintable() and len(line) < 2500 for line in differences(manifest, found, versions=True))
         return "taken"
 
-    assert fuzz("terms", lambda rng: changed(text, rng), meet, capfd)["refused"]
+    assert fuzz("manifests", lambda rng: changed(text, rng), meet, capfd)["refused"]
 
 
 def test_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     entries = [{"image": f"{i}", "source": f"in/{i}.png", "reason": "expected an image, got none"} for i in range(3)]
-    path = tmp_path / SKIPPED
+    workspace = Workspace(tmp_path)
+    path = workspace.skipped
 
     def make(rng: random.Random) -> bytes:
         top = {"entries": json.loads(json.dumps(entries))}
@@ -141,7 +140,7 @@ def test_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def meet(given: bytes) -> str:
         path.write_bytes(given)
         try:
-            found = read_skipped(tmp_path)
+            found = workspace.read_skipped()
         except FormatError as error:
             return refused(error, str(path))
         assert all(type(value) is str for bad in found for value in vars(bad).values())
@@ -154,7 +153,7 @@ def test_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with path.open("wb") as file:
         file.truncate(LIMIT + 1)
     try:
-        assert read_skipped(tmp_path) == []
+        assert workspace.read_skipped() == []
     except FormatError as error:
         refused(error, str(path))
 
@@ -211,7 +210,7 @@ def test_hdf5_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_dump_and_parse_agree(stopped: Stopped) -> None:
-    out, plans = stopped
-    for plan in plans[:2]:
-        text = (out / (plan.file + RECORD)).read_bytes()
-        assert _dump(json.loads(text.splitlines()[0])) == text
+    workspace, plan = stopped
+    for shard in plan.shards[:2]:
+        text = workspace.record(shard.file).read_bytes()
+        assert seal(json.loads(text.splitlines()[0])) == text

@@ -21,20 +21,20 @@ from helpers import Build, digests, photograph, write_image
 from helpers import build as typed_build
 
 import loader.system.safefile
-import prep.build.trust
+import prep.workspace.trust
 from loader.errors import FormatError, ShardsError
 from loader.format.index import read_index
 from loader.system.safefile import UnsafeFileError, open_own
-from prep.build.commit import commit
-from prep.build.lock import LOCK, locked
-from prep.build.records import _dump
-from prep.build.staging import BUILD, RECORD, SKIPPED
-from prep.build.trust import others_who_can_write
 from prep.cli import main
-from prep.shard.shard import PART
+from prep.sealed import seal
 from prep.shard.writers import open_writer
+from prep.workspace.trust import other_writers
+from prep.workspace.workspace import PART, RECORD, Workspace
 
 build: Build = typed_build
+BUILD, LOCK, SKIPPED = (
+    path.name for path in (Workspace(Path()).manifest, Workspace(Path()).lock, Workspace(Path()).skipped)
+)
 PRECIOUS = b"of somebody else, and not to be touched"
 
 
@@ -114,7 +114,7 @@ def test_the_lock(folder: Path, out: Path, victim: Path, kind: str) -> None:
         build(folder, out)
     assert "\n" not in str(caught.value)
     unharmed(victim)
-    with pytest.raises(ShardsError), locked(out, print):
+    with pytest.raises(ShardsError), Workspace(out).locked(print):
         pass
     assert os.path.lexists(out / LOCK)  # it is not ours to remove
 
@@ -133,7 +133,7 @@ def test_the_lock_of_a_repair(dataset: Path, folder: Path, tmp_path: Path, victi
 
 
 def test_a_lock_that_was_replaced_is_left_alone(out: Path, victim: Path) -> None:
-    with locked(out, print):
+    with Workspace(out).locked(print):
         (out / LOCK).unlink()
         (out / LOCK).symlink_to(victim)
     assert (out / LOCK).is_symlink()
@@ -154,7 +154,7 @@ def test_the_text_of_a_lock_is_escaped(out: Path) -> None:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
             expected = "expected no other build at work there, got "
-            with pytest.raises(ShardsError, match=expected) as caught, locked(out, print):
+            with pytest.raises(ShardsError, match=expected) as caught, Workspace(out).locked(print):
                 pass
             holder.communicate(timeout=60)
         assert str(caught.value).isprintable()
@@ -295,7 +295,7 @@ def by_position(facts: Facts) -> None:
 
 
 def left_out(facts: Facts) -> None:
-    facts["bad"] = [{"image": facts["images"].pop()["name"], "source": "b.png", "reason": "no reason"}]
+    facts["skipped"] = [{"image": facts["images"].pop()["name"], "source": "b.png", "reason": "no reason"}]
     del facts["shard"]
 
 
@@ -325,7 +325,7 @@ def test_a_record_that_does_not_fit_the_plan(
     path = next(out.glob("shard-00001.*.json"))
     facts = json.loads(path.read_bytes().splitlines()[0])
     lie(facts)
-    path.write_bytes(_dump(facts))
+    path.write_bytes(seal(facts))
     notes: list[str] = []
     one_each(folder, out, note=notes.append, skip_bad=lie is left_out)
     if lie is not left_out:  # who may write there can say that an image is bad; nobody else can: see below
@@ -350,7 +350,7 @@ def forged(out: Path, change: Callable[[bytearray, Facts], None]) -> None:
         rows, cols = (-(-(image[key] // scale) // side) for key in ("height", "width"))
         run["crc32"] = zlib.crc32(data[run["offset"] : run["offset"] + rows * cols * side * side * 3])
     facts["shard"] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    record.write_bytes(_dump(facts))
+    record.write_bytes(seal(facts))
 
 
 def padding(data: bytearray, facts: Facts) -> None:
@@ -418,13 +418,13 @@ def test_a_folder_that_others_can_write_is_told(folder: Path, out: Path, mode: i
 
 def test_a_folder_of_a_group_or_of_another_user(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out.chmod(0o775)
-    monkeypatch.setattr(prep.build.trust, "_is_own_group", lambda number: False)
-    assert others_who_can_write(out) == f"its group, {out.stat().st_gid}"
-    monkeypatch.setattr(prep.build.trust, "_is_own_group", lambda number: True)
-    assert others_who_can_write(out) is None
-    monkeypatch.setattr(prep.build.trust, "is_own", lambda found, folder: False)
+    monkeypatch.setattr(prep.workspace.trust, "_is_own_group", lambda number: False)
+    assert other_writers(out) == f"its group, {out.stat().st_gid}"
+    monkeypatch.setattr(prep.workspace.trust, "_is_own_group", lambda number: True)
+    assert other_writers(out) is None
+    monkeypatch.setattr(prep.workspace.trust, "is_own", lambda found, folder: False)
     monkeypatch.setattr(Path, "stat", lambda self: os.stat_result((0o40755, 0, 0, 0, 77, 0, 0, 0, 0, 0)))
-    assert others_who_can_write(out) == "its owner, user 77"
+    assert other_writers(out) == "its owner, user 77"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -448,9 +448,9 @@ def test_an_index_that_readers_would_not_take_is_not_committed(folder: Path, tmp
     plane = index.planes[1]
     broken = replace(index, planes=index.planes | {1: replace(plane, offset=plane.offset + 1)}, sha256="")
     with pytest.raises(FormatError, match="a multiple of 4096"):
-        commit(out, broken, [])
+        Workspace(out).commit(broken, [])
     with pytest.raises(ShardsError, match="expected an index of at most"):
-        commit(out, replace(index, made_by="x" * (17 << 20), sha256=""), [])
+        Workspace(out).commit(replace(index, made_by="x" * (17 << 20), sha256=""), [])
     assert digests(out) == before
 
 
@@ -458,7 +458,7 @@ def test_terms_of_a_stranger_are_shown_in_short_lines(one_each: Build, folder: P
     out = stopped(one_each, folder, tmp_path / "out")
     facts = json.loads((out / BUILD).read_bytes().splitlines()[0])
     facts |= {"made_by": "\x1b[2J" * 900, "sources": {"HR": ["\x1b]0;x\x07" + "y" * 900, "\u202e"]}}
-    (out / BUILD).write_bytes(_dump(facts))
+    (out / BUILD).write_bytes(seal(facts))
     with pytest.raises(ShardsError) as caught:
         one_each(folder, out)
     lines = str(caught.value).splitlines()
