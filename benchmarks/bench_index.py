@@ -29,8 +29,8 @@ from common import machine, median_ratio, rounds
 from report import write_targets
 
 from loader import PatchDataset, PatchLoader
-from loader.format.index import dump_index
-from loader.format.layout import HR, PAGE, Index, LrOrigin, Plane, Shard, Strings, plane_tile, shard_file
+from loader.format.index_text import dump_index
+from loader.format.layout import HR, PAGE, Index, LrOrigin, Plane, Shard, Strings, plane_tile, run_length, shard_file
 
 HEIGHT, WIDTH, SCALE, TILE, PER_SHARD = 1356, 2040, 4, 64, 64
 SAMPLES = 2048  # in the epochs of which throughput is measured
@@ -69,7 +69,7 @@ def write_sparse(folder: Path, count: int) -> None:
     """A dataset at ×4 whose shards are holes."""
     shapes = {HR: (HEIGHT, WIDTH), SCALE: (HEIGHT // SCALE, WIDTH // SCALE)}
     tiles = {scale: plane_tile(TILE, scale) for scale in shapes}
-    sizes = {s: -(-h // tiles[s]) * -(-w // tiles[s]) * tiles[s] ** 2 * 3 for s, (h, w) in shapes.items()}
+    sizes = {level: run_length(*shape, tiles[level]) for level, shape in shapes.items()}
     aligned = {scale: -(-size // PAGE) * PAGE for scale, size in sizes.items()}
     number, place = np.arange(count), np.arange(count) % PER_SHARD
     start = place * sum(aligned.values())
@@ -86,7 +86,19 @@ def write_sparse(folder: Path, count: int) -> None:
     )
     height, width = np.full(count, HEIGHT), np.full(count, WIDTH)
     origin = LrOrigin("imresize", "matlab-uint8", "symmetric")
-    index = Index("raw", "bench_index", origin, shards, Strings(name), number // PER_SHARD, height, width, planes)
+    index = Index(
+        container="raw",
+        made_by="bench_index",
+        libraries={},
+        lr=origin,
+        images_per_shard=PER_SHARD,
+        shards=shards,
+        name=Strings(name),
+        shard=number // PER_SHARD,
+        height=height,
+        width=width,
+        planes=planes,
+    )
     folder.mkdir(parents=True)
     for shard in shards:
         with (folder / shard.file).open("wb") as file:

@@ -67,7 +67,7 @@ def build(images: Path, work: Path, hr_tile: int, lr_tile: int) -> Path:
         resize="matlab-uint8", border="symmetric",
     )  # fmt: skip
         rule = fmt.plane_tile
-        fmt.plane_tile = lambda tile, scale: tile if scale == HR else lr_tile
+        fmt.plane_tile = lambda tile, level: tile if level == HR else lr_tile
         try:
             plan = plan_dataset(files, recipe, folder)
             build_dataset(plan, 1, skip_bad=False, overwrite=False, report=lambda done: None)

@@ -1,6 +1,6 @@
 """Tables and charts of what was measured, and the table of targets.
 
-python benchmarks/report.py [--out DIR]     # again, from the raw figures
+python benchmarks/report.py [--out DIR]     # again, from the raw figures; the chart of the main README too
 """
 
 import re
@@ -11,6 +11,7 @@ import click
 from chart import draw
 from common import table
 from modes import LIMIT
+from overview import draw_overview
 from results import Results, load, save
 from rivals_rows import NPY, PNG
 from targets import targets_table
@@ -19,6 +20,7 @@ from ways_ours import MEMCPY
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
+OVERVIEW = HERE.parent / "docs" / "pictures" / "loading.png"  # the chart of the main README
 Column = tuple[str, Callable[[str], str]]
 
 
@@ -87,20 +89,27 @@ def columns(results: Results, scale: int) -> list[Column]:
 
 def fill_readme(out: Path, name: str, text: str) -> None:
     """Replace what stands between two marks in the README, where these are the repository's own results."""
-    if out.resolve() != (HERE / "results").resolve():
+    if not is_repository(out):
         return
     before = README.read_text(encoding="utf-8")
     marks = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->\n)", re.DOTALL)
     README.write_text(marks.sub(lambda found: f"{found[1]}{text}\n{found[2]}", before), encoding="utf-8")
 
 
+def is_repository(out: Path) -> bool:
+    """True if `out` is the folder of the results that the repository keeps."""
+    return out.resolve() == (HERE / "results").resolve()
+
+
 @click.command()
 @click.option("--out", default=HERE / "results", type=click.Path(path_type=Path), help="Folder of the results.")
 def main(out: Path) -> None:
     """Write all tables and charts again."""
-    for mode in MODES:
-        if (results := load(out, mode)).rounds:
-            print(write_tables(results, out))
+    modes = {mode: results for mode in MODES if (results := load(out, mode)).rounds}
+    for results in modes.values():
+        print(write_tables(results, out))
+    if is_repository(out):
+        draw_overview(modes, OVERVIEW)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Copy a dataset to where it is read faster, a node's own disk, say: `python -m loader.stage DIR TARGET`.
 
-What is copied is the dataset: its index, the shards that the index names, and skipped.json. Whatever else lies in the
-folder stays there, and no link is followed out of it.
+Copies the index, the shards that it names, the sidecars that belong to it, and skipped.json; nothing else in the
+folder, and no link out of it.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 from loader.errors import FormatError, ShardsError, one_line
 from loader.format.index import read_index
 from loader.format.layout import INDEX
+from loader.format.sidecar import sidecars
 from loader.system.safefile import open_exclusive, open_member
 
 SKIPPED = "skipped.json"
@@ -31,7 +32,9 @@ def copy_dataset(folder: Path, target: Path) -> int:
     """
     index = read_index(folder)
     names = [shard.file for shard in index.shards]
-    names += [SKIPPED] * os.path.lexists(folder / SKIPPED)
+    names += [name for name, digest in sidecars(folder).items() if digest == index.sha256]
+    if os.path.lexists(folder / SKIPPED):
+        names.append(SKIPPED)
     names.append(INDEX)  # last: without it there is no dataset yet
     need = sum((folder / name).stat().st_size for name in names)
     target.parent.mkdir(parents=True, exist_ok=True)

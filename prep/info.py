@@ -8,6 +8,7 @@ from typing import Any
 
 from loader.errors import one_line
 from loader.format.index import read_index
+from loader.format.index_text import describe_lr
 from loader.format.layout import plane_name
 from loader.native import SWITCH, compiled
 from prep import __version__
@@ -30,9 +31,11 @@ def describe_dataset(folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "container": index.container,
         "made_by": index.made_by,
+        "libraries": dict(index.libraries),
         "images": len(index.name),
         "scales": list(index.scales),
-        "lr": {key: value for key, value in vars(index.lr).items() if value is not None},
+        "lr": describe_lr(index.lr),
+        "images_per_shard": index.images_per_shard,
         "shards": len(index.shards),
         "bytes": sum(shard.bytes for shard in index.shards),
         "smallest": [int(index.height.min()), int(index.width.min())],
@@ -51,7 +54,7 @@ def describe_dataset(folder: Path) -> dict[str, Any]:
 def dataset_lines(facts: dict[str, Any]) -> list[str]:
     """The same for a person."""
     made = facts["lr"]
-    how = f"made by imresize ({made['resize']}, {made['border']} border)" if "resize" in made else "given"
+    how = f"made by imresize ({made['resize']}, {made['border']} border)" if "resize" in made else made["made"]
     planes = [
         f"{name:<10}{plane['pixels'] / 1e6:.1f} megapixels, tiles of {plane['tile']}"
         for name, plane in facts["planes"].items()
@@ -63,7 +66,7 @@ def dataset_lines(facts: dict[str, Any]) -> list[str]:
         *planes,
         f"{'LR':<10}{how}",
         f"{'shards':<10}{facts['shards']} {facts['container']}, {facts['bytes'] / 1e6:.1f} MB",
-        f"{'made by':<10}{facts['made_by']}",
+        f"{'made by':<10}{', '.join([facts['made_by'], *map(' '.join, facts['libraries'].items())])}",
         f"{'index':<10}sha256 {facts['sha256']}",
     ]
     if left_out := facts["left_out"]:

@@ -1,6 +1,7 @@
 """Images, datasets and digests, made for tests."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,14 @@ def build(
     plan = make_plan(source, out, lr=lr, **changes)
     build_dataset(plan, workers, skip_bad=skip_bad, overwrite=overwrite, report=report, note=note)
     return out
+
+
+def write_sidecar(path: Path, index: str, data: bytes) -> bytes:
+    """Write a sidecar that belongs to the index of that digest; return the bytes of the file."""
+    header = json.dumps({"format": "srshards-scores", "version": 1, "index": index}).encode()
+    text = header.ljust(4095) + b"\n" + data
+    path.write_bytes(text)
+    return text
 
 
 def digests(folder: Path) -> dict[str, str]:

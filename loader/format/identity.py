@@ -10,7 +10,7 @@ from loader.format.layout import HR, Index
 def dataset_identity(index: Index, scale: int) -> str:
     """Return the SHA-256 (hex) of what a sample stream at that scale draws from: images, in order, HR and LR.
 
-    It covers name, height, width, and the CRC-32 of the stored HR and LR of each image, and the tiles' sides, which
+    It covers name, height, width, and the CRC-32 of the stored HR and LR of each image, and the tile sizes, which
     the checksums depend on. It is the same for another container, other shards, or another version of the program.
 
     The bytes hashed are a line of text, then the columns one after another as little-endian int64, then the length of

@@ -1,12 +1,15 @@
-"""The on-disk format and nothing else: what a dataset consists of, and the names and sizes that follow from it.
+"""The on-disk format: the parts of a dataset, and the names and sizes that follow from them.
 
-FORMAT.md describes the format in prose, loader.format.index reads and writes it as `index.json`. Writers and readers of
-shards meet only here. Columns of the index are numpy arrays, so that a million images cost no Python objects.
+FORMAT.md describes the format in prose; loader.format.index reads and writes it as index.json. Writers and readers of
+shards share only this package. Index columns are numpy arrays, so a million images cost no Python objects.
+
+A plane is identified by its level: 1 (`HR`) for high resolution, otherwise its scale.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +21,17 @@ SCALES = (2, 3, 4, 8)
 CONTAINERS = {"hdf5": ".h5", "raw": ".raw"}
 RESIZES = ("matlab-uint8", "matlab-double")
 BORDERS = ("symmetric", "replicate")
-HR = 1  # the scale of the HR plane
+LR_KINDS = ("imresize", "given", "none")
+HR = 1  # the level of the HR plane
+SAMPLES = "uint8"
 CHANNELS = 3
 PAGE = 4096  # every run of tiles starts on a page
 MAX_NAME = 1024  # characters of an image's name; no file system has such long ones
 MAX_SIDE = 1 << 20  # pixels; keeps every product below 2**63
 TILES = (16, 1024)  # smallest and largest tile; tiles are multiples of 16
+
+
+Count = TypeVar("Count", int, NDArray[np.int64])
 
 
 class Strings(Sequence[str]):
@@ -61,7 +69,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class LrOrigin:
-    """How LR was made: by `imresize` (rounding and border as in loader.resize.imresize), or given as images."""
+    """The origin of LR: `made` is one of LR_KINDS; "imresize" has its rounding and border, "none" is HR alone."""
 
     made: str
     resize: str | None = None
@@ -70,26 +78,31 @@ class LrOrigin:
 
 @dataclass(frozen=True, eq=False)
 class Plane:
-    """HR (scale 1) or LR of one scale, one entry per image.
+    """One plane, one entry per image.
 
-    offset: int64, byte at which the run of tiles starts in the image's shard; crc32: int64, of that run;
-    source, source_sha256: name and SHA-256 (hex) of the file the pixels came from, None where LR was made from HR.
+    offset: int64, byte at which the tile run starts in the image's shard; crc32: int64, of that run;
+    source, source_sha256: name and SHA-256 (hex) of the file the pixels came from, None if LR was made from HR.
     """
 
     tile: int
     offset: NDArray[np.int64]
     crc32: NDArray[np.int64]
-    source: Strings | None
-    source_sha256: Strings | None
+    source: Strings | None = None
+    source_sha256: Strings | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Index:
-    """A dataset: its shards, its images (columns name, shard, height, width: HR pixels), and planes by scale."""
+    """A dataset: its shards, its images (columns name, shard, height, width: HR pixels), and its planes by level.
+
+    `made_by` and `libraries` (versions by name, of what decoded and wrote) are information: nothing depends on them.
+    """
 
     container: str
     made_by: str
+    libraries: Mapping[str, str]
     lr: LrOrigin
+    images_per_shard: int
     shards: tuple[Shard, ...]
     name: Strings
     shard: NDArray[np.int64]
@@ -101,41 +114,55 @@ class Index:
     @property
     def scales(self) -> tuple[int, ...]:
         """The scales for which there is LR."""
-        return tuple(scale for scale in self.planes if scale != HR)
+        return tuple(level for level in self.planes if level != HR)
 
-    def sizes(self, scale: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Heights and widths (images,) in the pixels of the plane of that scale (1: HR)."""
-        return self.height // scale, self.width // scale
+    def sizes(self, level: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return heights and widths (images,) in pixels of a plane."""
+        return self.height // level, self.width // level
 
-    def columns_of_tiles(self, scale: int, image: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tiles in each row of tiles (n,), for images by number (n,), in the plane of that scale (1: HR)."""
-        return -(-(self.width[image] // scale) // self.planes[scale].tile)
+    def columns_of_tiles(self, level: int, image: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the tiles in a row of tiles (n,) of a plane, for images by number (n,)."""
+        return tiles_across(self.width[image] // level, self.planes[level].tile)
 
-    def run_lengths(self, scale: int) -> NDArray[np.int64]:
-        """Bytes (images,) of each run of tiles in the plane of that scale (1: HR)."""
-        tile = self.planes[scale].tile
-        height, width = self.sizes(scale)
-        return -(-height // tile) * -(-width // tile) * tile * tile * CHANNELS
+    def run_lengths(self, level: int) -> NDArray[np.int64]:
+        """Return the bytes (images,) of each tile run in a plane."""
+        return run_length(*self.sizes(level), self.planes[level].tile)
 
 
-def plane_name(scale: int) -> str:
-    """The key of a plane in the index: HR, X2, X4, …"""
-    return "HR" if scale == HR else f"X{scale}"
+def tiles_across(pixels: Count, tile: int) -> Count:
+    """Return how many tiles cover so many pixels along one side."""
+    return -(-pixels // tile)
 
 
-def plane_group(scale: int) -> str:
-    """The HDF5 group that holds the images of a plane."""
-    return "HR" if scale == HR else f"LR_bicubic/X{scale}"
+def run_length(height: Count, width: Count, tile: int) -> Count:
+    """Return the bytes of the tile run of a plane of height × width pixels."""
+    return tiles_across(height, tile) * tiles_across(width, tile) * (tile * tile * CHANNELS)
 
 
-def plane_tile(tile: int, scale: int) -> int:
-    """The tile of a plane, given that of HR: LR patches are smaller, and so are LR tiles, down to 32 pixels."""
-    return tile if scale == HR else min(tile, max(32, tile // 2))
+def plane_name(level: int) -> str:
+    """Return the key of a plane in the index: HR, X2, X4, …"""
+    return "HR" if level == HR else f"X{level}"
+
+
+def plane_group(level: int) -> str:
+    """Return the HDF5 group that holds the images of a plane."""
+    return "HR" if level == HR else f"LR_bicubic/X{level}"
+
+
+def plane_tile(tile: int, level: int) -> int:
+    """Return the tile size of a plane, given that of HR: half for LR, whose patches are smaller, but at least 32."""
+    return tile if level == HR else min(tile, max(32, tile // 2))
 
 
 def shard_file(number: int, container: str) -> str:
-    """The file name of shard `number`."""
+    """Return the file name of shard `number`."""
     return f"shard-{number:05d}{CONTAINERS[container]}"
+
+
+def shard_number(file: str) -> int | None:
+    """Return the number in a shard's file name, or None if it is no such name."""
+    found = re.fullmatch(r"shard-([0-9]{5}|[1-9][0-9]{5,14})\.(h5|raw)", file)
+    return int(found[1]) if found else None
 
 
 def is_source_name(name: str) -> bool:

@@ -93,6 +93,15 @@ class Fields:
         self._need_utf8(key, value)
         return value
 
+    def texts(self, key: str) -> dict[str, str]:
+        """A field that is an object of strings, its keys in ascending order."""
+        inner = self.object(key)
+        texts = {name: inner.text(name) for name in [*inner._left]}
+        self._need_utf8(key, "".join(texts))
+        if [*texts] != sorted(texts):
+            fail(inner.where, "fields", "keys in ascending order", ", ".join(ascii(name[:60]) for name in [*texts][:5]))
+        return texts
+
     def digest(self, key: str) -> str:
         """A field that is a SHA-256."""
         value = self.text(key)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from loader.errors import FormatError, ShardsError
 from loader.format.identity import dataset_identity
 from loader.format.index import read_index
-from loader.format.layout import CHANNELS, Index, plane_name
+from loader.format.layout import CHANNELS, Index, plane_name, run_length, tiles_across
 from loader.pixels.files import Files, open_shard
 from loader.pixels.tiles import Ints, Pixels, gather_crops, kernel
 from loader.system.filesystem import StorageWatch
@@ -49,7 +49,7 @@ class Shards:
     def need_scale(self, scale: int) -> None:
         """Raise ShardsError unless the dataset has LR of that scale."""
         if scale not in self.index.scales:
-            have = ", ".join(map(str, self.index.scales)) or "none"
+            have = ", ".join(map(str, self.index.scales)) or "none: HR alone"
             raise ShardsError(f"{self.folder}: scale: expected one that was built ({have}), got {scale}")
 
     def identity(self, scale: int) -> str:
@@ -62,7 +62,8 @@ class Shards:
         """One image of the plane of that scale (1: HR), as a view (rows, cols, T, T, 3) of the mapped file."""
         shard, plane = int(self.index.shard[image]), self.index.planes[scale]
         side, (height, width) = plane.tile, self.index.sizes(scale)
-        shape = (-(-int(height[image]) // side), -(-int(width[image]) // side), side, side, CHANNELS)
+        rows, cols = (tiles_across(int(pixels[image]), side) for pixels in (height, width))
+        shape = (rows, cols, side, side, CHANNELS)
         return np.ndarray(shape, np.uint8, self._map(shard), int(plane.offset[image]))
 
     def read(self, image: int, scale: int) -> Pixels:
@@ -73,8 +74,8 @@ class Shards:
         """
         plane, shard = self.index.planes[scale], int(self.index.shard[image])
         height, width = (int(sizes[image]) for sizes in self.index.sizes(scale))
-        cols = -(-width // plane.tile)
-        memory = np.empty(int(self.index.run_lengths(scale)[image]), np.uint8)
+        cols = tiles_across(width, plane.tile)
+        memory = np.empty(run_length(height, width, plane.tile), np.uint8)
         with Files(self.folder, self.index) as files:
             files.read(shard, int(plane.offset[image]), memory)
         whole = memory.reshape(-1, cols, plane.tile, plane.tile, CHANNELS).swapaxes(1, 2)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from loader.format.layout import CHANNELS
+from loader.format.layout import CHANNELS, tiles_across
 from loader.native import compiled
 
 Pixels = NDArray[np.uint8]
@@ -23,7 +23,7 @@ kernel = compiled("loader.pixels._gather")
 def split(image: Pixels, tile: int) -> Pixels:
     """Cut an image (H, W, 3) into zero-padded tiles (ceil(H/T), ceil(W/T), T, T, 3), contiguous."""
     height, width, channels = image.shape
-    rows, cols = -(-height // tile), -(-width // tile)
+    rows, cols = tiles_across(height, tile), tiles_across(width, tile)
     padded = np.zeros((rows * tile, cols * tile, channels), np.uint8)
     padded[:height, :width] = image
     return np.ascontiguousarray(padded.reshape(rows, tile, cols, tile, channels).swapaxes(1, 2))

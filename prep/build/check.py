@@ -1,9 +1,6 @@
 """Comparing a complete dataset with a plan."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-
-import numpy as np
 
 from loader.errors import ShardsError, one_line
 from loader.format.index import read_index
@@ -11,7 +8,7 @@ from loader.format.layout import HR, Index, plane_name
 from loader.system.threads import in_threads
 from prep.images.faults import shown
 from prep.plan.dataset import DatasetPlan
-from prep.plan.manifest import MADE_BY, Manifest, describe_lr, differences
+from prep.plan.manifest import MADE_BY, Manifest, differences, lr_text
 from prep.shard.records import SkippedImage
 from prep.workspace.trust import has_digest
 from prep.workspace.workspace import Workspace
@@ -72,33 +69,22 @@ def describe_skipped(plan: DatasetPlan, skipped: Sequence[SkippedImage]) -> list
 
 
 def manifest_of_index(index: Index, skipped: Sequence[SkippedImage], plan: DatasetPlan) -> Manifest:
-    """Return the manifest of a complete dataset; `plan` tells the files of skipped images, and what is not recorded.
-
-    An index does not record how many images a shard is meant to hold: what the plan says, if it explains these shards.
-    """
-    planned = {source.name: (source, shard.file) for shard in plan.shards for source in shard.sources}
-    gone = [planned[image.image][0] for image in skipped if image.image in planned]
+    """Return the manifest of a complete dataset; `plan` tells the files of skipped images."""
+    planned = {source.name: source for source in plan.sources}
+    gone = [planned[image.image] for image in skipped if image.image in planned]
     lost = [image.source for image in skipped if image.image not in planned]
     sources = {}
     for level, plane in index.planes.items():
         if plane.source is not None:
             names = [*plane.source, *(source.files.get(level, source.image).name for source in gone)]
             sources[plane_name(level)] = [*names, *(lost if level == HR else [])]
-    files = [index.shards[shard].file for shard in index.shard]
-    fits = all(
-        Path(planned[n][1]).stem == Path(at).stem for n, at in zip(index.name, files, strict=True) if n in planned
-    )
-    step, most = plan.recipe.images_per_shard, int(np.bincount(index.shard).max())
-    if not fits:
-        hidden = most == step and planned.keys() == {*index.name, *(image.image for image in skipped)}
-        step = most + hidden  # images that were left out make shards look as planned
     return Manifest(
         made_by=index.made_by,
-        libraries=None,
+        libraries=dict(index.libraries),
         container=index.container,
         scales=list(index.scales),
         tile=index.planes[HR].tile,
-        images_per_shard=step,
-        lr=describe_lr(index.lr),
+        images_per_shard=index.images_per_shard,
+        lr=lr_text(index.lr),
         sources=sources,
     )

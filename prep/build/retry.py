@@ -7,7 +7,7 @@ import numpy as np
 from loader.errors import ShardsError, one_line
 from loader.format.layout import Index
 from prep.plan.dataset import DatasetPlan, ShardPlan
-from prep.plan.manifest import MADE_BY
+from prep.plan.manifest import MADE_BY, libraries
 from prep.shard.records import ImageRecord, Run, ShardRecord, SkippedImage, stamp_files
 from prep.workspace.workspace import Workspace
 
@@ -23,11 +23,12 @@ def reopen(plan: DatasetPlan, index: Index, skipped: Sequence[SkippedImage]) -> 
         skipped: the images it lacks.
 
     Raises:
-        ShardsError: another version of the program made it.
+        ShardsError: another version of the program or its libraries made it.
         StorageError: the storage of the sources fails.
     """
-    if index.made_by != MADE_BY:
-        expected, got = f"a dataset made by {MADE_BY}, whose shards can be kept", f"one by {index.made_by}"
+    ours, theirs = (MADE_BY, libraries(index.container)), (index.made_by, dict(index.libraries))
+    if ours != theirs:
+        expected, got = f"a dataset made by {_program(*ours)}, whose shards can be kept", f"one by {_program(*theirs)}"
         raise ShardsError(one_line(f"{plan.folder}: expected {expected}, got {got} (--overwrite builds it anew)"))
     workspace = Workspace(plan.folder)
     names = {image.image for image in skipped}
@@ -38,6 +39,10 @@ def reopen(plan: DatasetPlan, index: Index, skipped: Sequence[SkippedImage]) -> 
     for shard, record in zip(whole, records, strict=True):
         if [image.name for image in record.images] == [source.name for source in shard.sources]:
             workspace.keep(plan, shard, record)
+
+
+def _program(made_by: str, versions: dict[str, str]) -> str:
+    return f"{made_by} with {', '.join(f'{name} {version}' for name, version in versions.items())}"
 
 
 def _record(index: Index, number: int, plan: ShardPlan) -> ShardRecord:

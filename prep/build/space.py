@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from loader.errors import ShardsError
-from loader.format.layout import PAGE
+from loader.format.layout import PAGE, run_length
 from prep.plan.recipe import Recipe
-from prep.shard.shard import run_length
 
 Sizes = list[tuple[int, int]]  # (height, width) of the images of a shard
 FILE = 8192  # bytes: the most that an HDF5 shard takes besides what is counted for its planes

@@ -28,11 +28,14 @@ def bench(
     as_json: bool,
 ) -> None:
     """Will the storage of the dataset at DIR keep up with training?"""
+    from loader.errors import ShardsError
     from loader.format.index import read_index
     from prep.bench.advice import Need, advice, report_lines
     from prep.bench.measure import measure
 
-    need = Need(max(read_index(folder).scales) if scale is None else scale, lr_patch, batch_size, step_ms, threads)
+    if not (scales := read_index(folder).scales):
+        raise ShardsError(f"{folder}: expected a dataset with LR, whose crops bench reads, got HR alone")
+    need = Need(max(scales) if scale is None else scale, lr_patch, batch_size, step_ms, threads)
     report = measure(folder, need, seconds)
     if as_json:
         click.echo(json.dumps(vars(report) | {"advice": advice(report, folder)}, indent=1))

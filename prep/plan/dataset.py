@@ -8,7 +8,7 @@ from pathlib import Path
 from loader.format.layout import HR, plane_name, shard_file
 from prep.images.find import ImageFile
 from prep.images.pair import check_sizes, pair_lr
-from prep.plan.manifest import LIBRARIES, MADE_BY, Manifest, describe_lr
+from prep.plan.manifest import MADE_BY, Manifest, libraries, lr_text
 from prep.plan.recipe import Recipe
 
 Note = Callable[[str], None]
@@ -62,12 +62,12 @@ class DatasetPlan:
             named |= {plane_name(scale): [source.lr[scale].name for source in sources] for scale in recipe.scales}
         return Manifest(
             made_by=MADE_BY,
-            libraries=LIBRARIES,
+            libraries=libraries(recipe.container),
             container=recipe.container,
             scales=list(recipe.scales),
             tile=recipe.tile,
             images_per_shard=recipe.images_per_shard,
-            lr=describe_lr(recipe.lr),
+            lr=lr_text(recipe.lr),
             sources=named,
         )
 

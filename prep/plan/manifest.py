@@ -20,7 +20,6 @@ from prep import __version__
 from prep.sealed import seal, unseal
 
 MADE_BY = f"srshards {__version__}"
-LIBRARIES = f"OpenCV {cv2.__version__}, HDF5 {h5py.version.hdf5_version}"
 LABELS = {"container": "format", "scales": "scale", "tile": "tile", "images_per_shard": "images per shard", "lr": "LR"}
 VERSION_LABELS = {"made_by": "made by", "libraries": "made with"}
 MAX_TEXT = 4096  # characters of a field
@@ -33,12 +32,12 @@ SHOWN = 200  # characters shown of a name or value
 class Manifest:
     """What identifies a build.
 
-    `libraries` decode images and write shards; None if not recorded. `lr` describes how LR is made. `sources` lists the
-    source files of each plane that has some, in order.
+    `libraries` are the versions of those that decode images and write shards, by name. `lr` describes how LR is made.
+    `sources` lists the source files of each plane that has some, in order.
     """
 
     made_by: str
-    libraries: str | None
+    libraries: dict[str, str]
     container: str
     scales: list[int]
     tile: int
@@ -67,7 +66,7 @@ class Manifest:
         planes = [fmt.plane_name(level) for level in (fmt.HR, *fmt.SCALES)]
         manifest = cls(
             made_by=_short(fields, "made_by"),
-            libraries=_short(fields, "libraries"),
+            libraries=_libraries(fields),
             container=_short(fields, "container"),
             scales=_scales(fields.take("scales", list), where),
             tile=fields.integer("tile", *fmt.TILES),
@@ -92,14 +91,21 @@ class Manifest:
         }
 
 
-def describe_lr(origin: LrOrigin) -> str:
+def libraries(container: str) -> dict[str, str]:
+    """Return the versions of the libraries that a dataset's bytes depend on, by name."""
+    return ({"HDF5": h5py.version.hdf5_version} if container == "hdf5" else {}) | {"OpenCV": cv2.__version__}
+
+
+def lr_text(origin: LrOrigin) -> str:
     """Return the manifest's `lr` field for an origin of LR."""
-    return "given" if origin.made == "given" else f"{origin.resize} with {origin.border} border"
+    return f"{origin.resize} with {origin.border} border" if origin.made == "imresize" else origin.made
 
 
 def differences(asked: Manifest, found: Manifest, *, versions: bool) -> list[str]:
     """Return the differences between two manifests, one line each; with `versions`, also of program and libraries."""
-    labels = LABELS | VERSION_LABELS if versions else LABELS
+    labels = LABELS | (VERSION_LABELS if versions else {})
+    if asked.container != found.container:
+        labels.pop("libraries", None)  # they differ with the container
     lines = [
         f"{label}: {_text(getattr(found, key))} there, {_text(getattr(asked, key))} asked for"
         for key, label in labels.items()
@@ -121,7 +127,9 @@ def _first(names: list[str]) -> list[str]:
 
 def _text(value: Any) -> str:
     """Return a value as one short line: a stranger may have written it."""
-    text = ", ".join(map(str, value[:NAMED])) if isinstance(value, list) else str(value)
+    if isinstance(value, dict):
+        value = [f"{name} {version}" for name, version in value.items()]
+    text = ", ".join(map(str, value[:NAMED])) or "none" if isinstance(value, list) else str(value)
     return one_line(text if len(text) <= SHOWN else text[:SHOWN] + "…")
 
 
@@ -129,6 +137,13 @@ def _scales(values: list[Any], where: str) -> list[int]:
     if any(type(value) is not int or value not in fmt.SCALES for value in values):
         fail(where, "scales", f"some of {fmt.SCALES}", "others")
     return values
+
+
+def _libraries(fields: Fields) -> dict[str, str]:
+    versions = fields.texts("libraries")
+    if any(len(text) > MAX_TEXT for item in versions.items() for text in item):
+        fail(fields.where, "libraries", f"at most {MAX_TEXT} characters each", "more")
+    return versions
 
 
 def _short(fields: Fields, key: str) -> str:

@@ -11,7 +11,10 @@ from prep.images.decode import MAX_PIXELS
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How images become shards. Images of more than `max_pixels` pixels are refused."""
+    """How images become shards.
+
+    Without scales, HR is stored alone. Images of more than `max_pixels` pixels are refused.
+    """
 
     scales: tuple[int, ...]
     container: str
@@ -25,6 +28,7 @@ class Recipe:
     def __post_init__(self) -> None:
         low, high = fmt.TILES
         _need("scale", f"some of {fmt.SCALES}, each once", self.scales, _rising(self.scales, fmt.SCALES))
+        _need("LR", "scales for given LR", "none", bool(self.scales) or not self.given_lr)
         _need(
             "tile", f"a multiple of 16 from {low} to {high}", self.tile, low <= self.tile <= high and not self.tile % 16
         )
@@ -39,11 +43,13 @@ class Recipe:
     @property
     def lr(self) -> LrOrigin:
         """Where LR comes from, as the index records it."""
+        if not self.scales:
+            return LrOrigin("none")
         return LrOrigin("given") if self.given_lr else LrOrigin("imresize", self.resize, self.border)
 
 
 def _rising(values: tuple[int, ...], allowed: tuple[int, ...]) -> bool:
-    return bool(values) and values == tuple(sorted(set(values) & set(allowed)))
+    return values == tuple(sorted(set(values) & set(allowed)))
 
 
 def _need(name: str, expected: str, got: object, holds: bool) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from loader.errors import FormatError
 from loader.format.index import check_file
-from loader.format.layout import CHANNELS, Index, plane_name
+from loader.format.layout import CHANNELS, Index, plane_name, tiles_across
 from loader.pixels.tiles import Pixels
 from loader.system.safefile import open_member
 
@@ -244,7 +244,7 @@ def _cut(span: Span) -> str:
 def is_padded(tiles: Pixels, first: int, height: int, width: int) -> bool:
     """Whether the tiles (n, T, T, 3) of an image from number `first` on are zero beyond its height and width."""
     side = tiles.shape[1]
-    rows, cols = -(-height // side), -(-width // side)
+    rows, cols = tiles_across(height, side), tiles_across(width, side)
     right = tiles[(cols - 1 - first) % cols :: cols, :, width - (cols - 1) * side :]
     lower = tiles[max((rows - 1) * cols - first, 0) :, height - (rows - 1) * side :]
     return not (any_set(right) or any_set(lower))

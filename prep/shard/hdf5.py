@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from h5py import h5d, h5f, h5g, h5l, h5p, h5t
 
-from loader.format.layout import CHANNELS, Index, plane_group, plane_name
+from loader.format.layout import CHANNELS, Index, plane_group, plane_name, run_length
 from loader.system.safefile import open_member
 from prep.shard.checksums import Finding
 
@@ -99,7 +99,8 @@ def _need_hard_link(group: h5g.GroupID, name: str) -> None:
 
 def _wanted(index: Index, scale: int, image: int) -> dict[str, object]:
     height, width = (int(sizes[image]) for sizes in index.sizes(scale))
-    tile, length = index.planes[scale].tile, int(index.run_lengths(scale)[image])
+    tile = index.planes[scale].tile
+    length = run_length(height, width, tile)
     first = int(index.planes[scale].offset[image])
     return {
         "shape": (height, width, CHANNELS),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loader.errors import one_line
-from loader.format.layout import CHANNELS, HR, Shard
+from loader.format.layout import CHANNELS, HR, Shard, run_length
 from loader.pixels.tiles import split
 from loader.system.safefile import open_own
 from prep.images.faults import ImageError, shown
@@ -85,11 +85,6 @@ def _write(plan: ShardPlan, recipe: Recipe, path: Path, proceed: Callable[[bool]
             if not proceed(True):
                 return False
     return True
-
-
-def run_length(height: int, width: int, tile: int) -> int:
-    """Bytes of the tiles of a plane of that many pixels."""
-    return -(-height // tile) * -(-width // tile) * tile * tile * CHANNELS
 
 
 def _read_back(plan: ShardPlan, recipe: Recipe, path: Path, images: list[ImageRecord]) -> Shard:

@@ -55,7 +55,7 @@ def recipe_of(index: Index) -> Recipe:
         scales=index.scales,
         container=index.container,
         tile=index.planes[HR].tile,
-        images_per_shard=int(np.bincount(index.shard).max()),
+        images_per_shard=index.images_per_shard,
         resize=made.resize or RESIZES[0],
         border="replicate" if made.border == "replicate" else "symmetric",
         given_lr=made.made == "given",

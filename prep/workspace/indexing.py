@@ -6,7 +6,7 @@ import numpy as np
 
 from loader.errors import ShardsError
 from loader.format.layout import HR, Index, Plane, Strings
-from prep.plan.manifest import MADE_BY
+from prep.plan.manifest import MADE_BY, libraries
 from prep.plan.recipe import Recipe
 from prep.shard.records import ShardRecord
 
@@ -35,7 +35,9 @@ def make_index(recipe: Recipe, records: Sequence[ShardRecord]) -> Index:
     return Index(
         container=recipe.container,
         made_by=MADE_BY,
+        libraries=libraries(recipe.container),
         lr=recipe.lr,
+        images_per_shard=recipe.images_per_shard,
         shards=tuple(record.shard for record in built if record.shard),
         name=Strings([image.name for image in images]),
         shard=np.repeat(np.arange(len(built)), [len(record.images) for record in built]),

@@ -12,7 +12,7 @@ from pathlib import Path
 from pwd import getpwuid
 
 from loader.errors import FormatError
-from loader.format.index import dump_index, parse_index
+from loader.format.index_text import dump_index, parse_index
 from loader.format.layout import HR, Shard, plane_name
 from loader.system.safefile import is_own, open_member, open_own
 from prep.images.decode import read_size

@@ -6,7 +6,6 @@ as an earlier dataset needs the final one. Nothing found in the folder is truste
 """
 
 import contextlib
-import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from pathlib import Path
 
 from loader.errors import FormatError, ShardsError
 from loader.format import layout as fmt
-from loader.format.index import INDEX_ROOM, INDEX_SHARE, dump_index, parse_index
+from loader.format.index import INDEX_ROOM, INDEX_SHARE
+from loader.format.index_text import dump_index, parse_index
 from loader.format.layout import Index
+from loader.format.sidecar import sidecars
 from loader.system.safefile import describe_kind, read_member, read_own, sync_folder, write_staged
 from prep.plan.dataset import DatasetPlan, ShardPlan
 from prep.plan.manifest import Manifest
@@ -28,8 +29,6 @@ from prep.workspace.trust import check_record, check_shard_file, other_writers
 
 PART = ".part"  # the ending of a staged file
 RECORD = ".json"  # the ending of a record, after the shard's name
-SHARD = re.compile(r"shard-\d{5,}\.(h5|raw)")
-LEFTOVER = re.compile(rf"{SHARD.pattern}(\.json|\.part|\.json\.part)|build\.json|(build|skipped|index)\.json\.part")
 ROOM = 1 << 20  # bytes allowed for a manifest or record,
 ROOM_PER_IMAGE = 64 << 10  # and in addition for each image: names and reasons have at most a few thousand characters
 
@@ -159,7 +158,7 @@ class Workspace:
         """Turn finished shards into a dataset: shards still staged are renamed, then the index appears, by rename.
 
         The files of an earlier dataset are removed first, its index before its shards: at no moment is there an index
-        beside shards of another dataset. An interrupted commit can be repeated.
+        beside shards of another dataset. Sidecars of other indexes go, too. An interrupted commit can be repeated.
 
         Raises:
             FormatError: readers would refuse the index.
@@ -170,7 +169,9 @@ class Workspace:
         old = [*self._shards(), *([self.skipped] if _exists(self.skipped) else [])]
         for path in (self.index, *old):
             _check_not_folder(path)
-        staged_index = self._stage(self.index, _checked(self.index, index))
+        text, digest = _checked(self.index, index)
+        old += [self.folder / name for name, owner in sidecars(self.folder).items() if owner != digest]
+        staged_index = self._stage(self.index, text)
         staged_skipped = self._stage(self.skipped, dump_skipped(skipped)) if skipped else None
         self.index.unlink(missing_ok=True)
         sync_folder(self.folder)
@@ -228,11 +229,12 @@ class Workspace:
         return Manifest.parse(read_member(self.manifest, ROOM + 8 * len(like.dump())), str(self.manifest))
 
     def _shards(self) -> list[Path]:
-        return [path for path in self.folder.iterdir() if SHARD.fullmatch(path.name)]
+        return [path for path in self.folder.iterdir() if fmt.shard_number(path.name) is not None]
 
     def _leftovers(self) -> list[Path]:
-        """Return the files that exist only while a build is unfinished."""
-        return [path for path in self.folder.iterdir() if LEFTOVER.fullmatch(path.name)]
+        """Return the files that exist only while a build is unfinished: its manifest, records and staged files."""
+        files = {self.manifest, *(self.staged(path.name) for path in (self.manifest, self.skipped, self.index))}
+        return [path for path in self.folder.iterdir() if path in files or _is_leftover_of_shard(path.name)]
 
     def _stage(self, path: Path, data: bytes) -> Path:
         """Write a file to the disk under its staged name; return that."""
@@ -244,6 +246,12 @@ class Workspace:
         """Write a file so that it is never seen incomplete."""
         self._stage(path, data).rename(path)
         sync_folder(self.folder)
+
+
+def _is_leftover_of_shard(name: str) -> bool:
+    """Return whether this is the name of a staged shard, a record, or a staged record."""
+    shard = name.removesuffix(PART).removesuffix(RECORD)
+    return shard != name and fmt.shard_number(shard) is not None
 
 
 def _exists(path: Path) -> bool:
@@ -260,12 +268,11 @@ def _check_not_folder(path: Path) -> None:
         raise ShardsError(f"{path}: expected a file or nothing, got {describe_kind(mode)}")
 
 
-def _checked(path: Path, index: Index) -> bytes:
-    """Return the content of an index file, provided that readers accept it."""
+def _checked(path: Path, index: Index) -> tuple[bytes, str]:
+    """Return the content of an index file, provided that readers accept it, and its digest."""
     text = dump_index(index)
     most = INDEX_ROOM + sum(shard.bytes for shard in index.shards) // INDEX_SHARE
     if len(text) > most:
         expected = f"an index of at most {most} bytes, which readers accept for shards of that size"
         raise ShardsError(f"{path}: expected {expected}, got {len(text)}; use shorter names of folders and files")
-    parse_index(text, str(path))
-    return text
+    return text, parse_index(text, str(path)).sha256

@@ -18,7 +18,7 @@ import pytest
 from helpers import build, photograph, write_image
 
 from loader import FormatError, PatchDataset, PatchLoader
-from loader.format.index import dump_index
+from loader.format.index_text import dump_index
 from loader.format.layout import HR, INDEX, PAGE, Index, LrOrigin, Plane, Shard, Strings
 from loader.pixels.files import Files
 from loader.pixels.shards import Shards
@@ -47,7 +47,17 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards = tuple(Shard(f"shard-{i:05d}.raw", length, "0" * 64) for i in range(COUNT))
     names = Strings([f"i{i}" for i in range(COUNT)])
     index = Index(
-        "raw", "a test", LrOrigin("imresize", "matlab-uint8", "symmetric"), shards, names, numbers, side, side, planes
+        container="raw",
+        made_by="a test",
+        libraries={},
+        lr=LrOrigin("imresize", "matlab-uint8", "symmetric"),
+        images_per_shard=1,
+        shards=shards,
+        name=names,
+        shard=numbers,
+        height=side,
+        width=side,
+        planes=planes,
     )
     (folder / INDEX).write_bytes(dump_index(index))
     return folder

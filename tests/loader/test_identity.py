@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import Pixels, build, write_image
+from numpy.typing import NDArray
 
 from loader.format.identity import dataset_identity
 from loader.format.index import read_index
 from loader.format.layout import Index, LrOrigin, Plane, Shard, Strings
 from loader.resize.imresize import imresize
+
+Column = NDArray[np.int64]
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +89,28 @@ def test_names_and_order(folder: Path, tmp_path: Path, identity: str) -> None:
     assert len({renamed, dataset_identity(swapped, 2), dataset_identity(joined, 2)}) == 3
 
 
+def given_index(name: Strings, shard: Column, height: Column, width: Column, planes: dict[int, Plane]) -> Index:
+    return Index(
+        container="raw",
+        made_by="x",
+        libraries={},
+        lr=LrOrigin("given"),
+        images_per_shard=len(name),
+        shards=(Shard("s", 1, ""),),
+        name=name,
+        shard=shard,
+        height=height,
+        width=width,
+        planes=planes,
+    )
+
+
 def test_the_bytes_never_change() -> None:
     """Checkpoints hold the digest."""
     column = np.arange(3)
     planes = {scale: Plane(64 // scale, column, column + scale, None, None) for scale in (1, 2)}
     names = Strings(["a", "ü", "c d"])
-    index = Index("raw", "x", LrOrigin("given"), (Shard("s", 1, ""),), names, column, column + 7, column + 9, planes)
+    index = given_index(names, column, column + 7, column + 9, planes)
     text = b"srshards identity 1: x2 64 32 3\n"
     text += struct.pack("<15q", 7, 8, 9, 9, 10, 11, 1, 2, 3, 2, 3, 4, 1, 2, 3) + "aüc d".encode()
     assert dataset_identity(index, 2) == hashlib.sha256(text).hexdigest()
@@ -103,7 +122,7 @@ def test_a_million_images() -> None:
     column = np.arange(count)
     planes = {scale: Plane(64, column, column, None, None) for scale in (1, 4)}
     names = Strings([f"{i:07d}" for i in range(count)])
-    index = Index("raw", "x", LrOrigin("given"), (Shard("s", 1, ""),), names, column, column, column, planes)
+    index = given_index(names, column, column, column, planes)
     start = time.perf_counter()
     assert len(dataset_identity(index, 4)) == 64
     print(f"identity of {count} images: {time.perf_counter() - start:.3f} s")

@@ -14,14 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from helpers import build, photograph, write_image
 
 from loader.errors import FormatError
 from loader.format import index as index_module
-from loader.format.index import check_current, dump_index, parse_index, read_index, read_index_alone
-from loader.format.layout import Strings
+from loader.format import index_text
+from loader.format.index import check_current, read_index, read_index_alone
+from loader.format.index_text import dump_index, parse_index
+from loader.format.layout import CONTAINERS, Strings, run_length, shard_file, shard_number
 from loader.system import sparse as sparse_module
 from loader.system.sparse import stored_bytes
 
@@ -46,6 +49,9 @@ def test_round_trip(dataset: Path) -> None:
     assert list(index.name) == ["a", "b", "c", "d e", "ü"]
     assert index.sizes(3)[0].tolist() == [42, 43, 21, 21, 66]
     assert index.scales == (2, 3, 4)
+    assert index.images_per_shard == 2
+    assert index.libraries["OpenCV"] == cv2.__version__
+    assert [*index.libraries] == (["HDF5", "OpenCV"] if index.container == "hdf5" else ["OpenCV"])
     assert index.sha256 == hashlib.sha256(text[: text.rindex(b'"sha256": "')]).hexdigest()
 
 
@@ -73,7 +79,32 @@ EDITS = {
     "made by half a surrogate": (change("made_by", "\ud800"), "made_by: expected text that UTF-8 can hold"),
     "unknown field": (change("extra", 1), "fields: expected no others, got 'extra'"),
     "unknown lr field": (change("lr.extra", 1), "lr: fields: expected no others, got 'extra'"),
-    "lr made": (change("lr.made", "pillow"), "lr: made: expected one of imresize, given"),
+    "unknown shard field": (change("shards.1.extra", 1), r"shards\[1\]: fields: expected no others, got 'extra'"),
+    "unknown images field": (change("images.extra", [1] * 5), "images: fields: expected no others, got 'extra'"),
+    "unknown HR field": (change("planes.HR.extra", 1), "planes: HR: fields: expected no others, got 'extra'"),
+    "unknown LR field": (change("planes.X3.extra", 1), "planes: X3: fields: expected no others, got 'extra'"),
+    "lr made": (change("lr.made", "pillow"), "lr: made: expected one of imresize, given, none, got str 'pillow'"),
+    "lr none with resize": (change("lr.made", "none"), "lr: fields: expected no others, got 'resize', 'border'"),
+    "lr none with planes": (change("lr", {"made": "none"}), "planes: fields: expected no others, got 'X2', 'X3', 'X4'"),
+    "lr without planes": (
+        lambda f: [f["planes"].pop(key) for key in ("X2", "X3", "X4")],
+        "planes: LR: expected a plane for each scale, since LR is imresize, got HR alone",
+    ),
+    "library no text": (change("libraries.OpenCV", 5), "libraries: OpenCV: expected str, got int 5"),
+    "library half a surrogate": (change("libraries.OpenCV", "\ud800"), "OpenCV: expected text that UTF-8 can hold"),
+    "libraries a list": (change("libraries", ["OpenCV 5"]), "libraries: expected dict, got list"),
+    "libraries out of order": (change("libraries", {"b": "", "a": ""}), "keys in ascending order, got 'b', 'a'"),
+    "images per shard": (change("images_per_shard", 0), "images_per_shard: expected 1 to .*, got int 0"),
+    "shard too full": (change("images_per_shard", 1), r"shards: shard-00000.\w+: expected at most 1 images, got 2"),
+    "other samples": (
+        change("planes.HR.samples", "uint16"), "HR: samples: expected uint8, which this srshards reads, got 'uint16'",
+    ),
+    "other samples in LR": (change("planes.X4.samples", "float32"), "X4: samples: expected uint8, .* got 'float32'"),
+    "samples no text": (change("planes.HR.samples", 8), "HR: samples: expected str, got int 8"),
+    "other channels": (
+        change("planes.X2.channels", 1), "X2: channels: expected 3, which this srshards reads, got 1",
+    ),
+    "no channels": (change("planes.HR.channels", 0), "HR: channels: expected 1 to .*, got int 0"),
     "missing field": (change("shards", ...), "shards: expected this field, got none"),
     "shard no object": (change("shards.0", 7), r"shards\[0\]: value: expected an object, got int"),
     "absolute path": (change("shards.0.file", "/etc/passwd"), r"shards\[0\]: file: expected a name such as"),
@@ -243,7 +274,7 @@ def test_shards_of_many_small_images_with_long_names_are_short_enough(tmp_path: 
         index = read_index(out)
         runs = 40 * len(index.planes)
         extra = sum(shard.bytes for shard in index.shards) - runs * 4096
-        assert extra < runs * index_module.RUN_ROOM / 4 + len(index.shards) * index_module.SHARD_ROOM / 4
+        assert extra < runs * index_text.RUN_ROOM / 4 + len(index.shards) * index_text.SHARD_ROOM / 4
 
 
 def test_links(dataset: Path, tmp_path: Path) -> None:
@@ -372,7 +403,7 @@ def test_holes_in_an_index_end_its_reading(dataset: Path, tmp_path: Path) -> Non
 def test_an_index_that_memory_cannot_hold() -> None:
     """One line, where the process may not have more memory."""
     code = (
-        "import resource, sys\nfrom pathlib import Path\nimport loader.format.index as index\n"
+        "import resource, sys\nfrom pathlib import Path\nimport loader.format.index_text as index\n"
         "from loader.errors import FormatError\n"
         "body = b'{\\n\"format\": [' + b'[],' * 6_000_000 + b'0],\\n'\n"
         "text = body + index._digest_line(body)\n"
@@ -437,6 +468,23 @@ def test_no_dataset_there(tmp_path: Path) -> None:
     (tmp_path / "index.json").mkdir()
     with pytest.raises(FormatError, match="expected a file in this folder, got a folder"):
         read_index(tmp_path)
+
+
+def test_shard_names() -> None:
+    for number in (0, 7, 99_999, 100_000, 123_456_789):
+        for container in CONTAINERS:
+            assert shard_number(shard_file(number, container)) == number
+    for name in ("", "shard-", "shard-0001.h5", "shard-000001.h5", "shard-00001.h5.part", "shard-00001.zip",
+                 "xshard-00001.h5", "shard-\u0661\u0661\u0661\u0661\u0661.h5", "shard-00001.h5\n", "shard--0001.raw",
+                 f"shard-{'1' * 16}.h5"):  # fmt: skip
+        assert shard_number(name) is None
+
+
+def test_run_lengths_of_numbers_and_arrays() -> None:
+    height, width = np.array([1, 64, 65, 1 << 20]), np.array([1, 128, 129, 1 << 20])
+    lengths = run_length(height, width, 64)
+    assert lengths.tolist() == [run_length(int(h), int(w), 64) for h, w in zip(height, width, strict=True)]
+    assert lengths.tolist() == [64 * 64 * 3 * tiles for tiles in (1, 2, 6, 1 << 28)]
 
 
 def test_strings_are_a_sequence() -> None:

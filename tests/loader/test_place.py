@@ -221,7 +221,19 @@ def large_index(count: int) -> Index:
     planes = {scale: Plane(64, zeros, crc32, None, None) for scale, crc32 in zip((HR, 4), crc, strict=True)}
     height, width = (rng.integers(64, 2048, count) for _ in range(2))
     name = Strings([f"größe-{i:07}" for i in range(count)])
-    return Index("raw", "", LrOrigin("imresize"), (Shard("a", 1, ""),), name, zeros, height, width, planes)
+    return Index(
+        container="raw",
+        made_by="",
+        libraries={},
+        lr=LrOrigin("imresize"),
+        images_per_shard=count,
+        shards=(Shard("a", 1, ""),),
+        name=name,
+        shard=zeros,
+        height=height,
+        width=width,
+        planes=planes,
+    )
 
 
 @pytest.mark.long

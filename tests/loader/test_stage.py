@@ -11,7 +11,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from helpers import digests
+from helpers import digests, write_sidecar
 
 from loader import stage
 from loader.errors import ShardsError
@@ -40,6 +40,20 @@ def test_what_is_copied(source: Path, tmp_path: Path) -> None:
     assert not [path for path in target.iterdir() if path.is_symlink()]
     assert target.stat().st_mode & 0o777 == 0o700
     assert read_index(target).sha256 == read_index(source).sha256
+
+
+def test_sidecars_of_this_index_are_copied(source: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.bin"
+    ours = write_sidecar(source / "scores-detail.bin", read_index(source).sha256, b"scores")
+    write_sidecar(source / "scores-stale.bin", "0" * 64, b"scores")
+    write_sidecar(outside, read_index(source).sha256, b"secret")
+    (source / "scores-link.bin").symlink_to(outside)
+    (source / "scores-text.bin").write_text("scores")
+    os.mkfifo(source / "scores-pipe.bin")
+    copy_dataset(source, tmp_path / "copy")
+    copied = sorted(path.name for path in (tmp_path / "copy").glob("scores-*"))
+    assert copied == ["scores-detail.bin"]
+    assert (tmp_path / "copy/scores-detail.bin").read_bytes() == ours
 
 
 @pytest.mark.parametrize("name", ["skipped.json", "index.json", "shard"])

@@ -225,7 +225,7 @@ def test_a_full_or_forbidden_disk_is_reported(folder: Path, tmp_path: Path) -> N
     ("change", "message"),
     [
         ({"scales": (5,)}, r"scale: expected some of \(2, 3, 4, 8\)"),
-        ({"scales": ()}, "scale"),
+        ({"scales": (), "given_lr": True}, "LR: expected scales for given LR, got none"),
         ({"scales": (4, 2)}, "scale"),
         ({"tile": 60}, "tile: expected a multiple of 16 from 16 to 1024, got 60"),
         ({"tile": 2048}, "tile"),

@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 from helpers import Pixels, build, photograph, write_image
 
-from loader.format.index import dump_index, read_index
+from loader.format.index import read_index
+from loader.format.index_text import dump_index
 from loader.format.layout import HR, Index, Plane
 from loader.resize.imresize import imresize
 from prep.cli import main

@@ -19,7 +19,8 @@ from helpers import build, photograph, write_image
 from PIL import Image
 
 from loader.errors import FormatError
-from loader.format.index import dump_index, parse_index, read_index
+from loader.format.index import read_index
+from loader.format.index_text import dump_index, parse_index
 from loader.format.layout import Index
 from prep.images.decode import decode
 from prep.images.faults import ImageError

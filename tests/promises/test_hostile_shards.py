@@ -22,7 +22,8 @@ import loader.system.safefile
 import prep.shard.hdf5
 import prep.verify.sources
 from loader.errors import ShardsError
-from loader.format.index import dump_index, read_index
+from loader.format.index import read_index
+from loader.format.index_text import dump_index
 from loader.format.layout import HR, Index
 from prep.cli import main
 from prep.shard.checksums import HOLE, _sparse, check_shard
