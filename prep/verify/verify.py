@@ -10,7 +10,7 @@ from loader.errors import ShardsError
 from loader.format.layout import Index
 from loader.system.limits import startable_threads
 from prep.shard.checksums import Finding, Tick, check_length, check_shard
-from prep.shard.hdf5 import check_structure
+from prep.shard.hdf5 import check_hdf5
 from prep.verify.repair import repair_shard, workshop
 from prep.verify.sources import Originals, compare_image
 
@@ -45,7 +45,7 @@ def check_shards(
             findings = check_shard(folder, index, number, tick)
         # libhdf5 is not shown a file that is known to be damaged.
         if index.container == "hdf5" and all(finding.image is not None for finding in findings):
-            findings += check_structure(folder, index, number)
+            findings += check_hdf5(folder, index, number)
         return findings
 
     return _side_by_side(check, numbers, workers, report)
@@ -58,7 +58,7 @@ def compare_images(
 
     `report` is told how many images are done.
     """
-    bad = {(finding.image, finding.scale) for finding in known}
+    bad = {(finding.image, finding.level) for finding in known}
     # Of a shard of another length nothing is read.
     closed = {number for number in {finding.shard for finding in known} if any(check_length(folder, index, number))}
 

@@ -1,7 +1,7 @@
-"""Which finished shards a build may take for its own.
+"""Which finished shards a build may reuse.
 
-All checks here prove that record, shard and plan agree, not who made them. That only the owner of a folder made its
-files follows if nobody else can write there. Otherwise `prep verify --source` is the proof: it makes every pixel anew.
+The checks prove that record, shard and plan agree, not who made them. If nobody else can write to the folder, its owner
+did. Otherwise only `prep verify --source` proves the pixels: it makes them all again.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from prep.images.decode import read_size
 from prep.images.faults import ImageError
 from prep.plan.dataset import ShardPlan, Source
 from prep.plan.recipe import Recipe
-from prep.shard.checksums import check_bytes
-from prep.shard.hdf5 import check_hdf5
+from prep.shard.checksums import check_open_shard
+from prep.shard.hdf5 import check_open_hdf5
 from prep.shard.records import ShardRecord
 from prep.workspace.indexing import make_index
 
@@ -65,9 +65,9 @@ def check_shard_file(path: Path, record: ShardRecord, recipe: Recipe) -> None:
         index = parse_index(dump_index(make_index(recipe, [record])), str(path))  # as a reader would see it
         if (length := os.fstat(descriptor).st_size) != index.shards[0].bytes:
             raise FormatError(f"{path}: expected {index.shards[0].bytes} bytes, got {length}")
-        findings = check_bytes(descriptor, path, index, 0, lambda: None)
+        findings = check_open_shard(descriptor, path, index, 0, lambda: None)
         if index.container == "hdf5" and not findings:
-            findings += check_hdf5(descriptor, path, index, 0)
+            findings += check_open_hdf5(descriptor, path, index, 0)
     finally:
         os.close(descriptor)
     if findings:

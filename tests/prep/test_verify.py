@@ -22,7 +22,7 @@ from loader.format.layout import HR, Index, Plane
 from loader.resize.imresize import imresize
 from prep.cli import main
 from prep.shard import checksums as check_module
-from prep.shard.checksums import GAP, Span, blocks, check_shard, is_padded, spans
+from prep.shard.checksums import GAP, Segment, blocks, check_shard, is_padded, segments
 from prep.verify import repair as repair_module
 from prep.verify import verify as verify_module
 from prep.verify.sources import Originals
@@ -139,7 +139,7 @@ def test_what_is_no_shard_is_not_read(copy: Path, tmp_path: Path) -> None:
 
 def test_bytes_that_belong_to_no_plane(copy: Path) -> None:
     index = read_index(copy)
-    gap = next(span for span in spans(index, 0) if span.scale == GAP)
+    gap = next(segment for segment in segments(index, 0) if segment.level == GAP)
     path = copy / index.shards[0].file
     damage(path, gap.start + 9)
     lines = verify(copy).stdout.splitlines()
@@ -147,7 +147,7 @@ def test_bytes_that_belong_to_no_plane(copy: Path) -> None:
     if index.container == "raw":
         assert "between runs: expected zeros, got others" in lines[1]
     else:
-        assert lines[0].endswith("; all its planes are whole")
+        assert lines[0].endswith("; all its planes are intact")
 
 
 @pytest.mark.parametrize("side", ["right", "lower"])
@@ -482,14 +482,14 @@ def test_blocks_cover_a_shard_and_cut_no_tile(dataset: Path, monkeypatch: pytest
     for limit in (1, 5000, 64 * 64 * 3, 40_000, 1 << 20):
         monkeypatch.setattr(check_module, "BLOCK", limit)
         for number, shard in enumerate(index.shards):
-            whole = spans(index, number)
+            whole = segments(index, number)
             at = 0
             for block in blocks(whole, sizes):
                 assert len(block) == 1 or block[-1].stop - block[0].start <= limit
                 for piece in block:
                     assert piece.start == at
-                    assert piece.span.start <= piece.start < piece.stop <= piece.span.stop
-                    assert (piece.start - piece.span.start) % sizes[piece.span.scale] == 0
+                    assert piece.segment.start <= piece.start < piece.stop <= piece.segment.stop
+                    assert (piece.start - piece.segment.start) % sizes[piece.segment.level] == 0
                     at = piece.stop
             assert at == shard.bytes
             assert check_shard(dataset, index, number, lambda: None) == []
@@ -524,11 +524,11 @@ def test_an_interrupt_ends_the_threads(dataset: Path) -> None:
         check_shards(dataset, index, range(3), 2, False, interrupt)
 
 
-def test_spans_without_images(dataset: Path) -> None:
+def test_segments_without_images(dataset: Path) -> None:
     """A shard that no image refers to is one gap."""
     index = read_index(dataset)
     empty = replace(index, shard=np.zeros_like(index.shard))
-    assert spans(empty, 2) == [Span(0, index.shards[2].bytes, -1, GAP)]
+    assert segments(empty, 2) == [Segment(0, index.shards[2].bytes, -1, GAP)]
 
 
 def test_results_keep_the_order_of_their_items() -> None:

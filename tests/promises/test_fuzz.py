@@ -24,8 +24,8 @@ from loader.format.index_text import dump_index, parse_index
 from loader.format.layout import Index
 from prep.images.decode import decode
 from prep.images.faults import ImageError
-from prep.shard.checksums import GAP, spans
-from prep.shard.hdf5 import check_structure
+from prep.shard.checksums import GAP, segments
+from prep.shard.hdf5 import check_hdf5
 
 MAX_PIXELS = 1 << 20  # of an image: what its header claims is not allocated beyond this
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
@@ -80,7 +80,7 @@ def hold(index: Index) -> None:
         assert shard < following or stop <= start
     for number in range(len(index.shards)):
         if index.shards[number].bytes < 1 << 40:
-            spans(index, number)
+            segments(index, number)
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -173,7 +173,7 @@ def test_hdf5_structure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
     index = read_index(data)
     path = data / index.shards[0].file
     whole = path.read_bytes()
-    gaps = [span for span in spans(index, 0) if span.scale == GAP]
+    gaps = [segment for segment in segments(index, 0) if segment.level == GAP]
 
     def make(rng: random.Random) -> bytes:
         changed = bytearray(whole)
@@ -184,7 +184,7 @@ def test_hdf5_structure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
 
     def meet(given: bytes) -> str:
         path.write_bytes(given)
-        findings = list(check_structure(data, index, 0))
+        findings = list(check_hdf5(data, index, 0))
         assert all(finding.text.startswith(str(path)) for finding in findings)
         return "found" if findings else "not seen"
 

@@ -1,4 +1,4 @@
-"""Journals, records, skipped.json and HDF5 link types, changed at random: refused, or taken for what they honestly say.
+"""Random changes to manifests, records, lists of skipped images and HDF5 links: refused, or accepted only if true.
 
 As in tests/test_fuzz.py, input n of a seed is always the same, and `make fuzz` takes minutes.
 """
@@ -21,7 +21,7 @@ from loader.format.index import read_index
 from prep.plan.dataset import DatasetPlan
 from prep.plan.manifest import Manifest, differences
 from prep.sealed import seal
-from prep.shard.hdf5 import check_structure
+from prep.shard.hdf5 import check_hdf5
 from prep.workspace.record_file import parse_record
 from prep.workspace.skipped import LIMIT
 from prep.workspace.state import Unfinished
@@ -34,7 +34,7 @@ Stopped = tuple[Workspace, DatasetPlan]
 
 @pytest.fixture(scope="module", params=["hdf5", "raw"])
 def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
-    """A folder in which a build was interrupted with two shards of two images finished, and its plan."""
+    """The workspace of a build interrupted with two shards of two images finished, and its plan."""
     place = tmp_path_factory.mktemp("stopped")
     for i in range(6):
         write_image(place / f"in/{i}.png", photograph(40 + i, 50, i))
@@ -55,7 +55,7 @@ def sealed(body: bytes) -> bytes:
 
 
 def changed(text: bytes, rng: random.Random) -> bytes:
-    """JSON with other values, or text with other bytes, most of it under a digest that fits."""
+    """Return JSON with changed values or bytes, mostly with a valid digest."""
     body = text.splitlines()[0]
     if rng.random() < 0.3:
         return mutated(text, rng, WORDS) if rng.random() < 0.2 else sealed(mutated(body, rng, WORDS))
@@ -67,7 +67,7 @@ def changed(text: bytes, rng: random.Random) -> bytes:
 
 
 def test_records(stopped: Stopped, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """What is found again is what was recorded; everything else is built anew."""
+    """A record that is accepted says what was recorded; all others are ignored."""
     workspace, plan = stopped
     honest = [workspace.find(plan, shard) for shard in plan.shards[:2]]
     assert all(honest)
@@ -91,21 +91,21 @@ def test_records(stopped: Stopped, tmp_path: Path, capfd: pytest.CaptureFixture[
             assert found is None
             return refused(error, "record")
         if found is None:
-            return "not believed"
+            return "ignored"
         record = honest[number]
         assert record is not None
-        # Who may write a record may say why an image is bad, and nobody checks it; the rest follows from the shard.
+        # Only the reason for skipping an image is free; everything else follows from the shard and the plan.
         assert [image.image for image in found.skipped] == [image.image for image in record.skipped]
         assert [image.name for image in found.images] == [image.name for image in record.images]
         assert found.shard == record.shard
         assert [{s: (r.offset, r.crc32, r.source) for s, r in image.runs.items()} for image in found.images] == [
             {s: (r.offset, r.crc32, r.source) for s, r in image.runs.items()} for image in record.images
         ]
-        return "taken"
+        return "accepted"
 
     told = fuzz(f"records ({plan.recipe.container})", make, meet, capfd)
     assert told["refused"]
-    assert told["not believed"]
+    assert told["ignored"]
 
 
 def test_manifests(stopped: Stopped, capfd: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_manifests(stopped: Stopped, capfd: pytest.CaptureFixture[str]) -> None:
         except FormatError as error:
             return refused(error, where)
         assert all(line.isprintable() and len(line) < 2500 for line in differences(manifest, found, versions=True))
-        return "taken"
+        return "accepted"
 
     assert fuzz("manifests", lambda rng: changed(text, rng), meet, capfd)["refused"]
 
@@ -145,10 +145,10 @@ def test_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
             return refused(error, str(path))
         assert all(type(value) is str for bad in found for value in vars(bad).values())
         assert all(not bad.source.startswith("/") and ".." not in bad.source.split("/") for bad in found)
-        return "taken" if found else "refused"
+        return "accepted" if found else "refused"
 
     told = fuzz("skipped.json", make, meet, capfd)
-    assert told["taken"]
+    assert told["accepted"]
     assert told["refused"]
     with path.open("wb") as file:
         file.truncate(LIMIT + 1)
@@ -159,7 +159,7 @@ def test_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_hdf5_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Names in a shard replaced by links and objects of every kind, at random places: told, and nothing is opened."""
+    """Names in a shard replaced by links and objects of every kind: reported, and nothing else is opened."""
     for i in range(4):
         write_image(tmp_path / f"in/{i}.png", photograph(20, 20, i))
     data = build(tmp_path / "in", tmp_path / "out", images_per_shard=30, tile=16)
@@ -200,7 +200,7 @@ def test_hdf5_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
                     file.create_group(name)
                 case _:
                     file[name] = file["/"]
-        findings = list(check_structure(data, index, 0))
+        findings = list(check_hdf5(data, index, 0))
         assert findings, (name, kind)
         assert all("(7, 7" not in finding.text for finding in findings)
         return kind

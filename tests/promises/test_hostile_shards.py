@@ -27,7 +27,7 @@ from loader.format.index_text import dump_index
 from loader.format.layout import HR, Index
 from prep.cli import main
 from prep.shard.checksums import HOLE, _sparse, check_shard
-from prep.shard.hdf5 import check_structure
+from prep.shard.hdf5 import check_hdf5
 
 PRIVATE = "private facts"
 
@@ -310,7 +310,7 @@ def test_what_is_opened_is_what_was_looked_at(hdf5: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(prep.shard.hdf5, "open_member", exchanged)
     with watchdog():
-        findings = list(check_structure(hdf5, index, 0))
+        findings = list(check_hdf5(hdf5, index, 0))
     assert all("cannot be opened" in finding.text for finding in findings)
     assert path.is_fifo()
 
