@@ -1,4 +1,4 @@
-"""Images, datasets and digests, made for tests."""
+"""Test helpers: images, recipes, plans, datasets, digests."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 Pixels = NDArray[np.uint8]
 
 
-# Names and sizes (H, W) of a small folder of images: whole tiles, parts of tiles, multiples of no scale.
+# Names and sizes (H, W) of a small folder of images: whole tiles, partial tiles, multiples of no scale.
 SIZES = {"a": (128, 192), "b": (131, 97), "c": (64, 64), "d e": (65, 300), "ü": (200, 71)}
 
 
 def photograph(height: int, width: int, seed: int = 0) -> Pixels:
-    """An image (H, W, 3) with smooth parts, edges and noise: every pixel different enough to tell crops apart."""
+    """Return an image (H, W, 3) with smooth areas, edges and noise, so that every crop is different."""
     rng = np.random.default_rng([seed, height, width])
     coarse = rng.integers(0, 256, (height // 9 + 2, width // 9 + 2, 3), np.uint8)
     smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -33,7 +33,7 @@ def photograph(height: int, width: int, seed: int = 0) -> Pixels:
 
 
 def write_image(path: Path, rgb: Pixels) -> None:
-    """Write RGB pixels to an image file of the kind that its suffix says."""
+    """Write RGB pixels to an image file of the type given by its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     done, data = cv2.imencode(path.suffix, rgb[..., ::-1])
     assert done
@@ -41,7 +41,7 @@ def write_image(path: Path, rgb: Pixels) -> None:
 
 
 def make_recipe(**changes: object) -> Recipe:
-    """A recipe changed from the default."""
+    """Return the default recipe with changes."""
     options: dict[str, object] = {
         "scales": (2, 4),
         "container": "hdf5",
@@ -54,7 +54,7 @@ def make_recipe(**changes: object) -> Recipe:
 
 
 def make_plan(source: Path, out: Path, *, lr: Path | None = None, **changes: object) -> DatasetPlan:
-    """The plan of a dataset of a folder of images, with a recipe changed from the default."""
+    """Return the plan of a dataset of a folder of images, with changes to the default recipe."""
     return plan_dataset(find_images([source]), make_recipe(**({"given_lr": lr is not None} | changes)), out, lr)
 
 
@@ -73,7 +73,7 @@ def build(
     note: Callable[[str], None] = lambda text: None,
     **changes: object,
 ) -> Path:
-    """Build a dataset of a folder of images, with a recipe changed from the default."""
+    """Build a dataset of a folder of images, with changes to the default recipe; return its folder."""
     plan = make_plan(source, out, lr=lr, **changes)
     build_dataset(plan, workers, skip_bad=skip_bad, overwrite=overwrite, report=report, note=note)
     return out
@@ -88,5 +88,5 @@ def write_sidecar(path: Path, index: str, data: bytes) -> bytes:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """All files in a folder, and the SHA-256 of each."""
+    """Return the SHA-256 of every file in a folder, by name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}

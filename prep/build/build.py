@@ -12,9 +12,9 @@ from loader.errors import ShardsError, one_line
 from loader.format.index import read_index
 from loader.format.layout import Index
 from loader.system.threads import in_threads
-from prep.build.affordable import affordable_workers
 from prep.build.check import check_dataset, check_same, describe_skipped
 from prep.build.pool import SHORT, build_shards
+from prep.build.resources import affordable_workers
 from prep.build.retry import reopen
 from prep.plan.dataset import DatasetPlan, ShardPlan
 from prep.plan.manifest import Manifest, differences
@@ -84,7 +84,7 @@ def build_dataset(
             return _check(job)  # without the lock: needs no right to write
         with workspace.created(), workspace.locked(note):
             if others := workspace.other_writers():
-                note(f"{folder}: can be written by {others}, too: what is found there may be theirs (see SECURITY.md)")
+                note(f"{folder}: can also be written by {others}: files in it may be theirs (see SECURITY.md)")
             match workspace.state(plan.manifest):
                 case Unfinished():
                     return _resume(job, retry)
@@ -92,14 +92,14 @@ def build_dataset(
                     if retry and (skipped := workspace.read_skipped()):
                         return _retry(job, skipped, other_build)
                     if other_build:
-                        note(f"{folder}: beside the dataset there is an unfinished build of another")
+                        note(f"{folder}: there is also an unfinished build of another dataset")
                     else:
                         workspace.abandon()
                     return _check(job)
                 case Other(manifest) if not overwrite:
                     raise _refusal(plan, workspace, manifest)
                 case Orphaned(file) if not overwrite:
-                    got = f"{file} without {workspace.index.name} (--overwrite replaces what is there)"
+                    got = f"{file} without {workspace.index.name} (--overwrite replaces it)"
                     raise ShardsError(f"{folder}: expected a folder without shards, got {got}")
                 case _:
                     workspace.abandon()
@@ -117,7 +117,7 @@ def _retry(job: _Job, before: list[SkippedImage], other_build: bool) -> Summary:
     """Rebuild the shards of a complete dataset that have skipped images."""
     folder = job.plan.folder
     if other_build:
-        raise ShardsError(f"{folder}: expected a complete dataset alone, got an unfinished build of another beside it")
+        raise ShardsError(f"{folder}: expected no build but this dataset's, got an unfinished one of another dataset")
     index = read_index(folder)
     check_same(job.plan, index, skip_bad=True)
     job.workspace.clean()
@@ -125,18 +125,18 @@ def _retry(job: _Job, before: list[SkippedImage], other_build: bool) -> Summary:
     summary = _resume(job)
     used = len({image.image for image in before} - {image.image for image in summary.skipped})
     job.note(
-        f"{folder}: {used} of {len(before)} images that were left out before could be used now"
+        f"{folder}: {used} of {len(before)} images skipped before are usable now"
         if used
-        else f"{folder}: the {len(before)} images that were left out before are still bad: nothing has changed"
+        else f"{folder}: the {len(before)} images skipped before are still unusable; nothing has changed"
     )
     return summary
 
 
 def _refusal(plan: DatasetPlan, workspace: Workspace, found: Manifest | None) -> ShardsError:
     """Return the error for an unfinished build of another plan."""
-    damaged = [f"{workspace.manifest.name}: damaged, or of far more images"]
+    damaged = [f"{workspace.manifest.name}: damaged, or of a far larger dataset"]
     lines = differences(plan.manifest, found, versions=True) if found else damaged
-    head = f"{plan.folder}: expected an unfinished build by this command, got another's (--overwrite starts anew):"
+    head = f"{plan.folder}: expected an unfinished build of this dataset, got one of another (--overwrite starts over):"
     return ShardsError("\n  ".join([head, *map(one_line, lines)]))
 
 
@@ -152,7 +152,7 @@ def _resume(job: _Job, retry: bool = False) -> Summary:
     def finished(shard: ShardPlan, record: ShardRecord) -> None:
         if record.skipped and not job.skip_bad:
             bad.extend(record.skipped)
-        elif record.covers(shard):  # it was not stopped
+        elif record.covers(shard):  # it was built to the end
             workspace.keep(plan, shard, record)
             records[shard.file] = record
 
@@ -167,13 +167,13 @@ def _resume(job: _Job, retry: bool = False) -> Summary:
         rest = [shard for shard in plan.shards if shard.file not in records]
         if records:
             job.note(
-                f"{plan.folder}: {len(records)} of {len(plan.shards)} shards were finished before, and are unharmed"
+                f"{plan.folder}: {len(records)} of {len(plan.shards)} shards are already finished; all checksums match"
             )
         if rest:
             before, workers = done(), affordable_workers(plan, rest, job.workers, job.note)
             build_shards(plan, rest, workers, job.skip_bad, lambda more: job.report(before + more), finished, job.note)
         if bad:
-            head = "expected usable images, got these (--on-error skip goes on):"
+            head = "expected usable images, got these (--on-error skip continues without them):"
             lines = describe_skipped(plan, sorted(bad, key=lambda image: image.image))
             raise ShardsError("\n  ".join([head, *lines]))
         made = [records[shard.file] for shard in plan.shards]
@@ -194,7 +194,7 @@ def _cleaning_up(job: _Job, records: Mapping[str, ShardRecord]) -> Iterator[None
             raise
         with contextlib.suppress(OSError):
             job.workspace.clean(records)
-        state = f"{len(records)} of {len(job.plan.shards)} shards are finished; the same command goes on from there"
+        state = f"{len(records)} of {len(job.plan.shards)} shards are finished; run the same command to resume"
         if isinstance(error, OSError | ShardsError | MemoryError):
             text = _unwritable(job.workspace, error) if isinstance(error, OSError) else str(error) or SHORT
             raise ShardsError(f"{text}\n{state}") from None

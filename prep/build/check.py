@@ -30,11 +30,11 @@ def check_dataset(
     damaged, done = [], 0
     intact = in_threads(lambda shard: has_digest(workspace.shard(shard.file), shard), index.shards, workers)
     for i, (shard, same) in enumerate(zip(index.shards, intact, strict=True)):
-        damaged += [] if same else [f"{workspace.shard(shard.file)}: other bytes than the index records"]
+        damaged += [] if same else [f"{workspace.shard(shard.file)}: its bytes differ from the index"]
         done += int((index.shard == i).sum())
         report(done)
     if damaged:
-        head = f"{plan.folder}: expected unharmed shards, got these damaged (prep verify --repair, or --overwrite):"
+        head = f"{plan.folder}: expected intact shards, got damaged ones (see prep verify --repair, or --overwrite):"
         raise ShardsError("\n  ".join([head, *damaged]))
     if index.made_by != MADE_BY:
         note(one_line(f"{plan.folder}: made by {index.made_by[:200]}; this is {MADE_BY}"))
@@ -55,8 +55,8 @@ def check_same(plan: DatasetPlan, index: Index, skip_bad: bool) -> list[SkippedI
         raise ShardsError("\n  ".join([head, *map(one_line, lines)]))
     if not skip_bad:
         head = (
-            f"{plan.folder}: expected a dataset of all images, got one that lacks {len(skipped)}, left out before "
-            "(--retry-skipped tries them again, --on-error skip accepts that, --overwrite builds all anew):"
+            f"{plan.folder}: expected a dataset of all images, got one without {len(skipped)} skipped images "
+            "(--retry-skipped retries them, --on-error skip accepts this, --overwrite rebuilds everything):"
         )
         raise ShardsError("\n  ".join([head, *describe_skipped(plan, skipped)]))
     return skipped

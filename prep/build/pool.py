@@ -77,7 +77,7 @@ def build_shards(
 def _started(
     count: int, workspace: Workspace, recipe: Recipe, skip_bad: bool, note: Callable[[str], None]
 ) -> Iterator[dict[Connection, BaseProcess]]:
-    """Start workers, and kill them at the end; yield them by the pipe to each."""
+    """Start workers, yield them by their pipes, and kill them at the end."""
     context = multiprocessing.get_context("spawn")  # forking a process with threads (of OpenCV, say) can deadlock
     processes: dict[Connection, BaseProcess] = {}
     # Only the parent handles interrupts: workers inherit the blocked signals from their first moment on. The resource
@@ -101,7 +101,7 @@ def _started(
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)  # a second interrupt leaves no worker behind either
         for pipe, worker in processes.items():
-            worker.kill()  # its shard is incomplete, and of no use
+            worker.kill()  # its shard is incomplete anyway
             worker.join()
             pipe.close()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -165,19 +165,19 @@ def _feed(
 
 def _send(pipe: Connection, shard: ShardPlan | None) -> None:
     """Ask a worker to build a shard, or to stop after the image in progress."""
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it was killed; reading from it reports that
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it was killed: _receive reports that
         pipe.send(shard)
 
 
 def _receive(pipe: Connection, process: BaseProcess, shard: ShardPlan) -> ShardRecord | None:
-    """Return the record of a worker's shard; or None if it has finished another image."""
+    """Return the record of a worker's finished shard, or None if it has finished one more image."""
     try:
         message = pipe.recv()
     except (EOFError, ConnectionResetError):
         process.join()
-        hint = "; perhaps memory was short: try fewer --workers" if process.exitcode == -signal.SIGKILL else ""
+        hint = "; if memory was short, try fewer --workers" if process.exitcode == -signal.SIGKILL else ""
         raise ShardsError(
-            f"{shard.file}: expected the process that builds it to end well, got exit code {process.exitcode}{hint}"
+            f"{shard.file}: expected its worker process to succeed, got exit code {process.exitcode}{hint}"
         ) from None
     if isinstance(message, Exception):
         raise message
@@ -189,7 +189,7 @@ def _work(pipe: Connection, workspace: Workspace, recipe: Recipe, skip_bad: bool
     """Build the shards asked for, until the pipe closes."""
     try:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-        workspace.join_lock()  # from here on no other build starts before this process has ended
+        workspace.join_lock()  # from here on, no other build starts before this process has ended
     except RuntimeError as error:
         with contextlib.suppress(OSError):
             pipe.send(ShardsError(f"{error} in a worker process; {REMEDY}"))

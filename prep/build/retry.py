@@ -29,7 +29,7 @@ def reopen(plan: DatasetPlan, index: Index, skipped: Sequence[SkippedImage]) -> 
     ours, theirs = (MADE_BY, libraries(index.container)), (index.made_by, dict(index.libraries))
     if ours != theirs:
         expected, got = f"a dataset made by {_program(*ours)}, whose shards can be kept", f"one by {_program(*theirs)}"
-        raise ShardsError(one_line(f"{plan.folder}: expected {expected}, got {got} (--overwrite builds it anew)"))
+        raise ShardsError(one_line(f"{plan.folder}: expected {expected}, got {got} (--overwrite rebuilds it)"))
     workspace = Workspace(plan.folder)
     names = {image.image for image in skipped}
     numbers = {shard.file: number for number, shard in enumerate(index.shards)}

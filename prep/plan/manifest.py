@@ -107,7 +107,7 @@ def differences(asked: Manifest, found: Manifest, *, versions: bool) -> list[str
     if asked.container != found.container:
         labels.pop("libraries", None)  # they differ with the container
     lines = [
-        f"{label}: {_text(getattr(found, key))} there, {_text(getattr(asked, key))} asked for"
+        f"{label}: found {_text(getattr(found, key))}; requested {_text(getattr(asked, key))}"
         for key, label in labels.items()
         if getattr(found, key) != getattr(asked, key)
     ]

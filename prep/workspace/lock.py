@@ -1,8 +1,8 @@
 """The lock of a dataset folder.
 
 Builds lock one byte of the lock file: a whole build exclusively, a part of a build shared, so that parts of one build
-can run at once. Worker processes lock a second byte, shared: a new build starts only after the workers of a killed one
-have ended, too.
+can run at once. Worker processes lock a second byte, shared. A build, or the first of several parts, starts only after
+the workers of a killed build have ended, too; later parts cannot tell those from the workers of other parts.
 """
 
 import enum

@@ -1,4 +1,4 @@
-"""The list of skipped images beside an index; a stranger may have written it."""
+"""The list of skipped images, skipped.json. It is untrusted input."""
 
 import json
 from collections.abc import Sequence

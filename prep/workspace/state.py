@@ -12,12 +12,12 @@ class Empty:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A build of this plan, which can be resumed; an earlier dataset may lie beside it."""
+    """A build of this plan, which can be resumed. There may also be an earlier dataset."""
 
 
 @dataclass(frozen=True)
 class Complete:
-    """A dataset, of this plan or another; `other_build`: with an unfinished build of another plan beside it."""
+    """A dataset, of this plan or another; `other_build`: there is also an unfinished build of another plan."""
 
     other_build: bool
 

@@ -41,7 +41,7 @@ class Workspace:
 
     @property
     def index(self) -> Path:
-        """The index: where there is one, the dataset is complete."""
+        """The index; its existence makes the dataset complete."""
         return self.folder / fmt.INDEX
 
     @property
@@ -103,7 +103,7 @@ class Workspace:
         return other_writers(self.folder)
 
     def is_settled(self) -> bool:
-        """Return True if there is a dataset, and nothing that a build left or locks."""
+        """Return True if the folder holds a dataset, no leftovers of a build, and no lock file."""
         return self.index.exists() and not self._leftovers() and not self.lock.exists()
 
     def state(self, manifest: Manifest) -> State:
@@ -221,8 +221,8 @@ class Workspace:
         try:
             count = len(self.read_skipped())
         except FormatError as error:
-            return f"; which images were left out when it was built is not known: {error}"
-        return f"; {count} images were left out when it was built, see {self.skipped.name}" if count else ""
+            return f"; its list of skipped images cannot be read: {error}"
+        return f"; {count} images were skipped when it was built, see {self.skipped.name}" if count else ""
 
     def _read_manifest(self, like: Manifest) -> Manifest:
         # A manifest far longer than this build's is another's for sure, and is not read.

@@ -1,4 +1,4 @@
-"""Building: what comes out is what went in, the same bytes however it was built, and nothing after a failure."""
+"""Building: shards hold the pixels of the images, bytes do not depend on how they are built, failures leave nothing."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from prep.shard.writers import open_writer
 
 
 def plane(shards: Shards, image: int, scale: int) -> Pixels:
-    """All pixels of one image of one plane, through the map and by a read."""
+    """Return all pixels of an image in a plane, after comparing mapped and positional reads."""
     height, width = (int(sizes[image]) for sizes in shards.index.sizes(scale))
     out = np.empty((1, height, width, 3), np.uint8)
     zero = np.zeros(1, np.int64)
@@ -63,8 +63,8 @@ def test_runs_checksums_and_sources(dataset: Path, folder: Path, pictures: dict[
         assert shard.sha256 == hashlib.sha256((dataset / shard.file).read_bytes()).hexdigest()
 
 
-def test_hdf5_shards_are_ordinary(folder: Path, pictures: dict[str, Pixels], tmp_path: Path) -> None:
-    """Any HDF5 tool can slice them."""
+def test_hdf5_shards_are_ordinary_files(folder: Path, pictures: dict[str, Pixels], tmp_path: Path) -> None:
+    """Any HDF5 tool can slice their datasets."""
     build(folder, tmp_path / "out", images_per_shard=3)
     seen = {}
     for path in sorted((tmp_path / "out").glob("*.h5")):
@@ -84,7 +84,7 @@ def test_hdf5_shards_are_ordinary(folder: Path, pictures: dict[str, Pixels], tmp
 
 @pytest.mark.parametrize("container", ["hdf5", "raw"])
 def test_writers_agree(container: str, tmp_path: Path) -> None:
-    """The contract of ShardWriter: aligned runs, in order, with exactly the bytes given."""
+    """The contract of ShardWriter: page-aligned runs, in order, with exactly the bytes given."""
     runs = []
     with open_writer(container, tmp_path / "shard", (2,), 16 * 16 * 3) as writer:
         for i, (height, width, side) in enumerate([(130, 70, 64), (5, 3, 64), (33, 32, 32), (1, 1, 16)]):
@@ -103,12 +103,12 @@ def test_writers_agree(container: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("container", ["hdf5", "raw"])
-def test_bytes_do_not_depend_on_workers_place_or_time(container: str, folder: Path, tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_workers_paths_or_time(container: str, folder: Path, tmp_path: Path) -> None:
     once = digests(build(folder, tmp_path / "one", container=container, images_per_shard=1))
     assert len(once) == 6
     elsewhere = tmp_path / "moved" / "images"
     shutil.copytree(folder, elsewhere)
-    time.sleep(1.1)  # times in HDF5 files are whole seconds
+    time.sleep(1.1)  # HDF5 stores times in whole seconds
     again = digests(build(elsewhere, tmp_path / "deep" / "two", container=container, images_per_shard=1, workers=3))
     assert again == once
     for path in (tmp_path / "one").iterdir():
@@ -124,7 +124,7 @@ def test_recipe_reaches_the_pixels(folder: Path, pictures: dict[str, Pixels], tm
     np.testing.assert_array_equal(plane(shards, 0, 8), expected)
 
 
-def test_given_lr_is_packed_as_it_is(folder: Path, pictures: dict[str, Pixels], tmp_path: Path) -> None:
+def test_given_lr_is_stored_unchanged(folder: Path, pictures: dict[str, Pixels], tmp_path: Path) -> None:
     given = {}
     for name, hr in pictures.items():
         for scale, size in (
@@ -144,8 +144,8 @@ def test_given_lr_is_packed_as_it_is(folder: Path, pictures: dict[str, Pixels], 
         np.testing.assert_array_equal(plane(shards, i, 4), given[name, 4][: height[i], : width[i]])
 
 
-def spoil(folder: Path, place: Path) -> Path:
-    """A copy of the images with three that cannot be used."""
+def with_bad_images(folder: Path, place: Path) -> Path:
+    """Copy the images, and add three that cannot be used."""
     shutil.copytree(folder, place)
     (place / "bad1.png").write_text("no image")
     (place / "bad2.jpg").write_bytes(b"")
@@ -155,12 +155,12 @@ def spoil(folder: Path, place: Path) -> Path:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_bad_images_fail_the_build(folder: Path, tmp_path: Path, workers: int) -> None:
-    source = spoil(folder, tmp_path / "images")
+    source = with_bad_images(folder, tmp_path / "images")
     with pytest.raises(ShardsError, match=r"bad1.png: expected PNG"):
         build(source, tmp_path / "out", workers=workers, images_per_shard=8)
     assert not (tmp_path / "out").exists()
-    # One worker has finished a shard before it meets the bad one; of two, the other may be stopped within its first.
-    kept = r".*1 of 4 shards are finished; the same command goes" if workers == 1 else ""
+    # One worker finishes a shard before it reaches the bad image. Of two, the other may be stopped in its first shard.
+    kept = r".*1 of 4 shards are finished; run the same command" if workers == 1 else ""
     with pytest.raises(ShardsError, match=rf"(?s)bad1.png: expected PNG{kept}"):
         build(source, tmp_path / "out", workers=workers)
     for name in ("bad1.png", "bad2.jpg", "tiny.png"):
@@ -170,8 +170,8 @@ def test_bad_images_fail_the_build(folder: Path, tmp_path: Path, workers: int) -
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_bad_images_are_left_out_on_request(folder: Path, tmp_path: Path, workers: int) -> None:
-    source = spoil(folder, tmp_path / "images")
+def test_bad_images_are_skipped_on_request(folder: Path, tmp_path: Path, workers: int) -> None:
+    source = with_bad_images(folder, tmp_path / "images")
     plan = make_plan(source, tmp_path / "out", container="raw")
     done: list[int] = []
     summary = build_dataset(plan, workers, skip_bad=True, overwrite=False, report=done.append)
@@ -186,7 +186,7 @@ def test_bad_images_are_left_out_on_request(folder: Path, tmp_path: Path, worker
     assert workers > 1 or done[-1] == 8
 
 
-def test_nothing_usable(tmp_path: Path) -> None:
+def test_no_usable_image(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_text("no image")
     plan = make_plan(tmp_path / "images", tmp_path / "out", scales=(2,), container="raw")
@@ -195,7 +195,7 @@ def test_nothing_usable(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_earlier_dataset_is_kept_until_the_new_one_is_whole(folder: Path, tmp_path: Path) -> None:
+def test_an_earlier_dataset_is_kept_until_the_new_one_is_complete(folder: Path, tmp_path: Path) -> None:
     out = build(folder, tmp_path / "out", images_per_shard=1)
     before = digests(out)
     with pytest.raises(ShardsError, match="got another"):
@@ -207,7 +207,7 @@ def test_an_earlier_dataset_is_kept_until_the_new_one_is_whole(folder: Path, tmp
         build_dataset(plan, 1, skip_bad=False, overwrite=True, report=lambda done: None)
 
     with pytest.raises(ShardsError, match="bad1"):
-        rebuild(spoil(folder, tmp_path / "images"))
+        rebuild(with_bad_images(folder, tmp_path / "images"))
     assert before.items() <= digests(out).items()
     assert read_index(out)
     rebuild(folder)
@@ -215,7 +215,7 @@ def test_an_earlier_dataset_is_kept_until_the_new_one_is_whole(folder: Path, tmp
     assert read_index(out).scales == (2,)
 
 
-def test_a_full_or_forbidden_disk_is_reported(folder: Path, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ShardsError, match=r"file.*could not be written: "):
         build(folder, tmp_path / "file" / "out")

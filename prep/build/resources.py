@@ -35,7 +35,7 @@ def affordable_workers(
     return fitting
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Measured:
     """Height and width of an image in pixels, and the bytes of its largest file."""
 
