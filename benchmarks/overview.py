@@ -35,11 +35,11 @@ PANELS = (
 def draw_overview(modes: dict[str, Results], path: Path) -> None:
     """Write the chart as PNG; `modes` has the results of each mode by its name."""
     figure, panels = plt.subplots(1, len(PANELS), figsize=(10, 3.6), sharey=True, layout="constrained")
-    labels = [*BARS, "limit"][::-1]
-    colours = [{LOADER: OURS, "limit": LIMIT}.get(label, RIVALS) for label in labels]
+    labels = [*BARS, "yardstick"][::-1]
+    colours = [{LOADER: OURS, "yardstick": LIMIT}.get(label, RIVALS) for label in labels]
     for number, (panel, (mode, title, limit, limit_name)) in enumerate(zip(panels, PANELS, strict=True)):
         results = modes[mode]
-        ways = {label: names[number] for label, names in BARS.items()} | {"limit": limit}
+        ways = {label: names[number] for label, names in BARS.items()} | {"yardstick": limit}
         rates = [results.rate(SCALE, ways[label]) for label in labels]
         texts = [f"{rate:,.0f}" for rate in rates]
         texts[0] += f" ({limit_name.format(**results.settings)})"
