@@ -48,26 +48,26 @@ def mutated(data: bytes, rng: random.Random, words: Words) -> bytes:
 
 
 def fuzz(
-    name: str, make: Callable[[random.Random], Any], meet: Callable[[Any], str], capfd: pytest.CaptureFixture[str]
+    name: str, make: Callable[[random.Random], Any], attempt: Callable[[Any], str], capfd: pytest.CaptureFixture[str]
 ) -> Counter[str]:
     """Make inputs and try them until time is up; return how often each outcome occurred."""
-    told, slowest, n = Counter[str](), 0.0, 0
+    outcomes, slowest, n = Counter[str](), 0.0, 0
     end = time.monotonic() + SECONDS
     while time.monotonic() < end or n < LEAST:
         given = make(random.Random(f"{SEED}/{n}"))
         start = time.monotonic()
         try:
-            told[meet(given)] += 1
+            outcomes[attempt(given)] += 1
         except Exception as error:
             raise AssertionError(f"{name}: input {n} of seed {SEED} raised {error!r}") from error
         slowest, n = max(slowest, time.monotonic() - start), n + 1
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    ends = ", ".join(f"{count} {what}" for what, count in sorted(told.items()))
+    ends = ", ".join(f"{count} {what}" for what, count in sorted(outcomes.items()))
     with capfd.disabled():
         if FUZZING:
             print(f"\n{name}: {n} inputs of seed {SEED} in {SECONDS:.0f} s: {ends}; "
                   f"the slowest took {slowest:.2f} s; most memory of the process {memory:.0f} MiB")  # fmt: skip
-    return told
+    return outcomes
 
 
 def refused(error: Exception, start: str) -> str:

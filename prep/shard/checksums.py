@@ -18,7 +18,7 @@ from loader.system.safefile import open_member
 
 BLOCK = 1 << 20  # bytes per read: few enough to stay in the CPU cache for all checksums
 GAP = 0  # the level of gaps between tile runs
-ROOM, ROOM_PER_RUN = 1 << 20, 16 << 10  # bytes allowed in gaps; HDF5 takes about 1 KiB per dataset
+GAPS, GAPS_PER_RUN = 1 << 20, 16 << 10  # bytes allowed in all gaps; HDF5 takes about 1 KiB per dataset
 HOLE = 1 << 30  # longest hole allowed in a file, in bytes: no image is that black
 
 
@@ -121,7 +121,7 @@ def _implausible(index: Index, number: int) -> str | None:
     """Return why a shard cannot have its recorded length, if so: gaps hold only page padding and HDF5 metadata."""
     images = index.shard == number
     count = int(images.sum()) * len(index.planes)
-    most = sum(int(index.run_lengths(level)[images].sum()) for level in index.planes) + ROOM + ROOM_PER_RUN * count
+    most = sum(int(index.run_lengths(level)[images].sum()) for level in index.planes) + GAPS + GAPS_PER_RUN * count
     if (length := index.shards[number].bytes) <= most:
         return None
     return f"length: expected at most {most} bytes for {count} runs, got {length} recorded"

@@ -29,8 +29,8 @@ from prep.workspace.trust import check_record, check_shard_file, other_writers
 
 PART = ".part"  # the ending of a staged file
 RECORD = ".json"  # the ending of a record, after the shard's name
-ROOM = 1 << 20  # bytes allowed for a manifest or record,
-ROOM_PER_IMAGE = 64 << 10  # and in addition for each image: names and reasons have at most a few thousand characters
+LIMIT = 1 << 20  # bytes allowed for a manifest or record,
+LIMIT_PER_IMAGE = 64 << 10  # and for each image: names and reasons have a few thousand characters at most
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Workspace:
         """Return the record of a finished shard of this plan; None unless shard and sources are as recorded."""
         path, limit = self.record(shard.file), plan.recipe.max_pixels
         try:
-            file = parse_record(read_own(path, ROOM + ROOM_PER_IMAGE * len(shard.sources)), str(path))
+            file = parse_record(read_own(path, LIMIT + LIMIT_PER_IMAGE * len(shard.sources)), str(path))
             record = file.record
             if file.build != plan.manifest.sha256:
                 return None
@@ -225,8 +225,8 @@ class Workspace:
         return f"; {count} images were skipped when it was built, see {self.skipped.name}" if count else ""
 
     def _read_manifest(self, like: Manifest) -> Manifest:
-        # A manifest far longer than this build's is another's for sure, and is not read.
-        return Manifest.parse(read_member(self.manifest, ROOM + 8 * len(like.dump())), str(self.manifest))
+        # A manifest far longer than this build's must be another build's, and is not read.
+        return Manifest.parse(read_member(self.manifest, LIMIT + 8 * len(like.dump())), str(self.manifest))
 
     def _shards(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if fmt.shard_number(path.name) is not None]

@@ -78,7 +78,7 @@ def test_records(stopped: Stopped, tmp_path: Path, capfd: pytest.CaptureFixture[
         number = rng.randrange(2)
         return number, changed(texts[number], rng)
 
-    def meet(given: tuple[int, bytes]) -> str:
+    def attempt(given: tuple[int, bytes]) -> str:
         number, text = given
         paths[number].write_bytes(text)
         try:
@@ -103,9 +103,9 @@ def test_records(stopped: Stopped, tmp_path: Path, capfd: pytest.CaptureFixture[
         ]
         return "accepted"
 
-    told = fuzz(f"records ({plan.recipe.container})", make, meet, capfd)
-    assert told["refused"]
-    assert told["ignored"]
+    outcomes = fuzz(f"records ({plan.recipe.container})", make, attempt, capfd)
+    assert outcomes["refused"]
+    assert outcomes["ignored"]
 
 
 def test_manifests(stopped: Stopped, capfd: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +115,7 @@ def test_manifests(stopped: Stopped, capfd: pytest.CaptureFixture[str]) -> None:
     assert workspace.state(manifest) == Unfinished()
     assert Manifest.parse(text, where) == manifest
 
-    def meet(given: bytes) -> str:
+    def attempt(given: bytes) -> str:
         try:
             found = Manifest.parse(given, where)
         except FormatError as error:
@@ -123,7 +123,7 @@ def test_manifests(stopped: Stopped, capfd: pytest.CaptureFixture[str]) -> None:
         assert all(line.isprintable() and len(line) < 2500 for line in differences(manifest, found, versions=True))
         return "accepted"
 
-    assert fuzz("manifests", lambda rng: changed(text, rng), meet, capfd)["refused"]
+    assert fuzz("manifests", lambda rng: changed(text, rng), attempt, capfd)["refused"]
 
 
 def test_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +137,7 @@ def test_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         text = json.dumps(top.get("entries")).encode()
         return mutated(text, rng, WORDS) if rng.random() < 0.5 else text
 
-    def meet(given: bytes) -> str:
+    def attempt(given: bytes) -> str:
         path.write_bytes(given)
         try:
             found = workspace.read_skipped()
@@ -147,9 +147,9 @@ def test_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert all(not bad.source.startswith("/") and ".." not in bad.source.split("/") for bad in found)
         return "accepted" if found else "refused"
 
-    told = fuzz("skipped.json", make, meet, capfd)
-    assert told["accepted"]
-    assert told["refused"]
+    outcomes = fuzz("skipped.json", make, attempt, capfd)
+    assert outcomes["accepted"]
+    assert outcomes["refused"]
     with path.open("wb") as file:
         file.truncate(LIMIT + 1)
     try:
@@ -172,7 +172,7 @@ def test_hdf5_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
                 other[f"{plane}/{i}"] = np.zeros((7, 7), np.uint8)
     names = ["HR", "LR_bicubic", "LR_bicubic/X2", *(f"{plane}/{i}" for plane in ("HR", "LR_bicubic/X4") for i in "012")]
 
-    def meet(rng: random.Random) -> str:
+    def attempt(rng: random.Random) -> str:
         shutil.copyfile(whole, path)
         name = rng.choice(names)
         kind = rng.choice(["soft", "cycle", "external", "own name", "virtual", "stored", "type", "group", "hard"])
@@ -205,8 +205,8 @@ def test_hdf5_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert all("(7, 7" not in finding.text for finding in findings)
         return kind
 
-    told = fuzz("HDF5 links", lambda rng: rng, meet, capfd)
-    assert sum(told.values()) >= 20
+    outcomes = fuzz("HDF5 links", lambda rng: rng, attempt, capfd)
+    assert sum(outcomes.values()) >= 20
 
 
 def test_dump_and_parse_agree(stopped: Stopped) -> None:
