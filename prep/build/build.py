@@ -65,7 +65,7 @@ def build_dataset(
     Args:
         plan: as returned by `plan_dataset`.
         workers: processes that build shards; fewer if memory is short.
-        skip_bad: skip images that cannot be used, and list them beside the index.
+        skip_bad: skip images that cannot be used, and list them in skipped.json.
         overwrite: replace any dataset in the folder, once the new one is complete, and any other unfinished build.
         report: called with the number of images done.
         note: called with messages for the user.

@@ -33,10 +33,10 @@ def reopen(plan: DatasetPlan, index: Index, skipped: Sequence[SkippedImage]) -> 
     workspace = Workspace(plan.folder)
     names = {image.image for image in skipped}
     numbers = {shard.file: number for number, shard in enumerate(index.shards)}
-    whole = [s for s in plan.shards if s.file in numbers and names.isdisjoint(source.name for source in s.sources)]
-    records = [_record(index, numbers[shard.file], shard) for shard in whole]
+    kept = [s for s in plan.shards if s.file in numbers and names.isdisjoint(source.name for source in s.sources)]
+    records = [_record(index, numbers[shard.file], shard) for shard in kept]
     workspace.begin(plan.manifest)
-    for shard, record in zip(whole, records, strict=True):
+    for shard, record in zip(kept, records, strict=True):
         if [image.name for image in record.images] == [source.name for source in shard.sources]:
             workspace.keep(plan, shard, record)
 

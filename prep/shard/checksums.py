@@ -98,8 +98,8 @@ def check_open_shard(
     except OSError as error:
         return findings or [Finding(number, f"{path}: expected a readable file, got {error.strerror}")]
     if not findings and check.sha256 != shard.sha256:
-        whole = "" if wrong else "; all its planes are intact"
-        findings.append(Finding(number, f"{path}: sha256: expected {shard.sha256}, got {check.sha256}{whole}"))
+        intact = "" if wrong else "; all its planes are intact"
+        findings.append(Finding(number, f"{path}: sha256: expected {shard.sha256}, got {check.sha256}{intact}"))
     for segment, text in wrong:
         if segment.level == GAP:
             findings.append(Finding(number, f"{path}: between runs: {text}"))
@@ -152,20 +152,20 @@ def segments(index: Index, number: int) -> list[Segment]:
         for image, start, length in zip(images.tolist(), plane.offset[images].tolist(), lengths, strict=True):
             runs.append(Segment(start, start + length, image, level))
     runs.sort(key=lambda segment: segment.start)
-    whole, end = [], 0
+    found, end = [], 0
     for run in runs:
-        whole += [Segment(end, run.start, -1, GAP), run] if end < run.start else [run]
+        found += [Segment(end, run.start, -1, GAP), run] if end < run.start else [run]
         end = run.stop
     if end < (last := index.shards[number].bytes):
-        whole.append(Segment(end, last, -1, GAP))
-    return whole
+        found.append(Segment(end, last, -1, GAP))
+    return found
 
 
-def blocks(whole: list[Segment], tile_bytes: dict[int, int]) -> Iterator[list[Piece]]:
+def blocks(shard: list[Segment], tile_bytes: dict[int, int]) -> Iterator[list[Piece]]:
     """Cut segments into blocks of about BLOCK bytes to read at once; no block ends within a tile."""
     block: list[Piece] = []
     room = BLOCK
-    for segment in whole:
+    for segment in shard:
         at = segment.start
         while at < segment.stop:
             unit = tile_bytes[segment.level]
@@ -193,11 +193,11 @@ class _Pass:
 
     def read(self, descriptor: int) -> list[tuple[Segment, str]]:
         """Read the file, set `sha256`, and return the wrong segments with the reason for each."""
-        whole = segments(self._index, self._number)
+        shard = segments(self._index, self._number)
         wrong: list[tuple[Segment, str]] = []
         digest = hashlib.sha256()
         memory = memoryview(bytearray(max(BLOCK, *self._tile_bytes.values())))
-        for block in blocks(whole, self._tile_bytes):
+        for block in blocks(shard, self._tile_bytes):
             start, length = block[0].start, block[-1].stop - block[0].start
             got = fill(descriptor, memory[:length], start)
             digest.update(memory[:got])
@@ -208,7 +208,7 @@ class _Pass:
                 if piece.segment.level and piece.stop == piece.segment.stop:
                     self._tick()
             if got < length:  # the file ends here
-                for segment in whole:
+                for segment in shard:
                     if segment.level and segment.stop > block[-1].stop:
                         wrong.append((segment, _cut(segment)))
                         self._tick()

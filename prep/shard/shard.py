@@ -95,20 +95,20 @@ def _read_back(plan: ShardPlan, recipe: Recipe, path: Path, images: list[ImageRe
         for level, tile in recipe.tiles.items()
         for run in [image.runs[level]]
     )
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     with os.fdopen(open_own(path), "rb") as file:
         for offset, length, expected, name in runs:
             for block in _blocks(file, offset - file.tell()):
-                whole.update(block)
+                digest.update(block)
             crc32 = 0
             for block in _blocks(file, length):
-                whole.update(block)
+                digest.update(block)
                 crc32 = zlib.crc32(block, crc32)
             if crc32 != expected:
                 raise OSError(errno.EIO, f"image {name!r} reads back differently", str(path))
         for block in _blocks(file, os.fstat(file.fileno()).st_size - file.tell()):
-            whole.update(block)
-        return Shard(plan.file, file.tell(), whole.hexdigest())
+            digest.update(block)
+        return Shard(plan.file, file.tell(), digest.hexdigest())
 
 
 def _blocks(file: BinaryIO, length: int) -> Iterator[bytes]:

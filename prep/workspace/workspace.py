@@ -157,8 +157,8 @@ class Workspace:
     def commit(self, index: Index, skipped: Sequence[SkippedImage]) -> None:
         """Turn finished shards into a dataset: shards still staged are renamed, then the index appears, by rename.
 
-        The files of an earlier dataset are removed first, its index before its shards: at no moment is there an index
-        beside shards of another dataset. Sidecars of other indexes go, too. An interrupted commit can be repeated.
+        The files of an earlier dataset are removed first, its index before its shards: an index never coexists with
+        shards of another dataset. Sidecars of other indexes are removed, too. An interrupted commit can be repeated.
 
         Raises:
             FormatError: readers would refuse the index.

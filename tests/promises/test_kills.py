@@ -90,11 +90,10 @@ def kill_and_resume(
             (os.killpg if group else os.kill)(process.pid, signal.SIGKILL)
         try:
             read_index(out)
-            whole = True
+            now = "complete"
         except ShardsError:
-            whole = False
-        met = "complete" if whole else f"{shards(out):2} of 12 shards" if (out / "build.json").exists() else "not begun"
-        stage = stage or met
+            now = f"{shards(out):2} of 12 shards" if (out / "build.json").exists() else "not begun"
+        stage = stage or now
     # If only the parent was killed, its workers may still be ending: the next build waits for them.
     code, errors = end(begin(images, out, container))
     assert code == 0, errors
