@@ -26,9 +26,10 @@ from loader.ahead.reader import open_reader
 from loader.format import layout as fmt
 from loader.format.layout import HR
 from loader.pixels.byte_ranges import pages
-from prep.build.build import build_dataset, images_per_shard, plan_shards
+from prep.build.build import build_dataset
 from prep.images.find import find_images
-from prep.shard.shard import Recipe
+from prep.plan.dataset import default_images_per_shard, plan_dataset
+from prep.plan.recipe import Recipe
 
 TILES = ((32, 32), (48, 32), (64, 32), (64, 64), (96, 48), (128, 64))  # HR, LR
 DEFAULT = (64, 32)
@@ -63,12 +64,15 @@ def build(images: Path, work: Path, hr_tile: int, lr_tile: int) -> Path:
     folder = work / f"tiles-{hr_tile}-{lr_tile}"
     if not (folder / fmt.INDEX).exists():
         files = find_images([images])
-        recipe = Recipe((2, 4), "raw", hr_tile, images_per_shard(len(files)), "matlab-uint8", "symmetric")
+        recipe = Recipe(
+        scales=(2, 4), container="raw", tile=hr_tile, images_per_shard=default_images_per_shard(len(files)),
+        resize="matlab-uint8", border="symmetric",
+    )  # fmt: skip
         rule = fmt.plane_tile
         fmt.plane_tile = lambda tile, level: tile if level == HR else lr_tile
         try:
-            plans = plan_shards(files, recipe, folder)
-            build_dataset(plans, 1, skip_bad=False, overwrite=False, report=lambda done: None)
+            plan = plan_dataset(files, recipe, folder)
+            build_dataset(plan, 1, skip_bad=False, overwrite=False, report=lambda done: None)
         finally:
             fmt.plane_tile = rule
     return folder

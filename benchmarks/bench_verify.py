@@ -25,11 +25,12 @@ from common import machine, make_mosaics, rounds, table
 
 from loader.format.index import read_index
 from loader.format.layout import Index
-from prep.build.build import build_dataset, images_per_shard, plan_shards
+from prep.build.build import build_dataset
 from prep.images.find import find_images
 from prep.images.sample import sample_photographs
+from prep.plan.dataset import default_images_per_shard, plan_dataset
+from prep.plan.recipe import Recipe
 from prep.shard.checksums import BLOCK
-from prep.shard.shard import Recipe
 from prep.verify.verify import check_shards
 
 
@@ -50,9 +51,12 @@ def make_dataset(folder: Path, mosaics: int) -> Path:
         (folder / "photographs" / path.name).symlink_to(path)
     make_mosaics(folder / "photographs", folder / "mosaics", mosaics)
     images = find_images([folder / "mosaics"])
-    recipe = Recipe((2, 4), "hdf5", 64, images_per_shard(len(images)), "matlab-uint8", "symmetric")
-    plans = plan_shards(images, recipe, folder / "data")
-    build_dataset(plans, os.cpu_count() or 1, skip_bad=False, overwrite=False, report=lambda done: None)
+    recipe = Recipe(
+        scales=(2, 4), container="hdf5", tile=64, images_per_shard=default_images_per_shard(len(images)),
+        resize="matlab-uint8", border="symmetric",
+    )  # fmt: skip
+    plan = plan_dataset(images, recipe, folder / "data")
+    build_dataset(plan, os.cpu_count() or 1, skip_bad=False, overwrite=False, report=lambda done: None)
     return folder / "data"
 
 

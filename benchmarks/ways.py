@@ -11,9 +11,10 @@ from rivals_ffcv import FFCV
 from rivals_rows import LMDB, NPY, NPY_EACH, NPY_THREADS, PNG, PNG_THREADS
 
 from loader import ImageDataset
-from prep.build.build import build_dataset, images_per_shard, plan_shards
+from prep.build.build import build_dataset
 from prep.images.find import find_images
-from prep.shard.shard import Recipe
+from prep.plan.dataset import default_images_per_shard, plan_dataset
+from prep.plan.recipe import Recipe
 
 SCALES = (4, 2)
 NEEDS = {LMDB.name: "lmdb", ZARR.name: "zarr", TENSORSTORE.name: "tensorstore", FFCV.name: "ffcv"}
@@ -52,9 +53,12 @@ def build_shards(images: Path, work: Path, cores: int) -> None:
     if (work / "shards").exists():
         return
     files = find_images([images])
-    recipe = Recipe(tuple(sorted(SCALES)), "hdf5", 64, images_per_shard(len(files)), "matlab-uint8", "symmetric")
-    plans = plan_shards(files, recipe, work / "shards")
-    build_dataset(plans, cores, skip_bad=False, overwrite=False, report=lambda done: None)
+    recipe = Recipe(
+        scales=tuple(sorted(SCALES)), container="hdf5", tile=64, images_per_shard=default_images_per_shard(len(files)),
+        resize="matlab-uint8", border="symmetric",
+    )  # fmt: skip
+    plan = plan_dataset(files, recipe, work / "shards")
+    build_dataset(plan, cores, skip_bad=False, overwrite=False, report=lambda done: None)
 
 
 def prepare(ways: list[Way], work: Path) -> None:

@@ -1,11 +1,11 @@
-"""The `prep` command: it parses, calls and reports; the work is done elsewhere, and imported when it is needed."""
+"""The `prep` command. Commands parse arguments and report; they import the code that does the work when needed."""
 
 import os
 from typing import Any
 
 import click
 
-# Parallel work is by processes; a thread pool in each of them, too, would only get in the way. numpy starts it.
+# Work is parallel by processes. numpy must not start a thread pool in each.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from loader.errors import ShardsError, one_line
@@ -18,7 +18,7 @@ from prep.console.unix import UnixGroup
 
 
 class Cli(UnixGroup):
-    """A group whose commands report the project's own errors as click reports its own: one message, exit code 1."""
+    """A group that reports our errors as click reports its own: one message, exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
@@ -27,7 +27,7 @@ class Cli(UnixGroup):
         except ShardsError as error:
             raise click.ClickException(str(error)) from None
         except OSError as error:
-            if error.filename is None:  # it is not about a file, but about a stream
+            if error.filename is None:  # it concerns a stream, not a file
                 raise
             raise click.ClickException(one_line(f"{error.filename}: {error.strerror}")) from None
         except ImportError as error:

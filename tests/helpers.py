@@ -1,4 +1,4 @@
-"""Images, datasets and digests, made for tests."""
+"""Test helpers: images, recipes, plans, datasets, digests."""
 
 import hashlib
 import json
@@ -9,20 +9,21 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.build.build import build_dataset, plan_shards
+from prep.build.build import build_dataset
 from prep.images.find import find_images
-from prep.shard.shard import Recipe
+from prep.plan.dataset import DatasetPlan, plan_dataset
+from prep.plan.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 Pixels = NDArray[np.uint8]
 
 
-# Names and sizes (H, W) of a small folder of images: whole tiles, parts of tiles, multiples of no scale.
+# Names and sizes (H, W) of a small folder of images: whole tiles, partial tiles, multiples of no scale.
 SIZES = {"a": (128, 192), "b": (131, 97), "c": (64, 64), "d e": (65, 300), "ü": (200, 71)}
 
 
 def photograph(height: int, width: int, seed: int = 0) -> Pixels:
-    """An image (H, W, 3) with smooth parts, edges and noise: every pixel different enough to tell crops apart."""
+    """Return an image (H, W, 3) with smooth areas, edges and noise, so that every crop is different."""
     rng = np.random.default_rng([seed, height, width])
     coarse = rng.integers(0, 256, (height // 9 + 2, width // 9 + 2, 3), np.uint8)
     smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -32,11 +33,29 @@ def photograph(height: int, width: int, seed: int = 0) -> Pixels:
 
 
 def write_image(path: Path, rgb: Pixels) -> None:
-    """Write RGB pixels to an image file of the kind that its suffix says."""
+    """Write RGB pixels to an image file of the type given by its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     done, data = cv2.imencode(path.suffix, rgb[..., ::-1])
     assert done
     path.write_bytes(data.tobytes())
+
+
+def make_recipe(**changes: object) -> Recipe:
+    """Return the default recipe with changes."""
+    options: dict[str, object] = {
+        "scales": (2, 4),
+        "container": "hdf5",
+        "tile": 64,
+        "images_per_shard": 2,
+        "resize": "matlab-uint8",
+        "border": "symmetric",
+    }
+    return Recipe(**(options | changes))  # type: ignore[arg-type]
+
+
+def make_plan(source: Path, out: Path, *, lr: Path | None = None, **changes: object) -> DatasetPlan:
+    """Return the plan of a dataset of a folder of images, with changes to the default recipe."""
+    return plan_dataset(find_images([source]), make_recipe(**({"given_lr": lr is not None} | changes)), out, lr)
 
 
 Build = Callable[..., Path]
@@ -54,19 +73,9 @@ def build(
     note: Callable[[str], None] = lambda text: None,
     **changes: object,
 ) -> Path:
-    """Build a dataset of a folder of images, with a recipe changed from the default."""
-    options: dict[str, object] = {
-        "scales": (2, 4),
-        "container": "hdf5",
-        "tile": 64,
-        "images_per_shard": 2,
-        "resize": "matlab-uint8",
-        "border": "symmetric",
-        "given_lr": lr is not None,
-    }
-    recipe = Recipe(**(options | changes))  # type: ignore[arg-type]
-    plans = plan_shards(find_images([source]), recipe, out, lr)
-    build_dataset(plans, workers, skip_bad=skip_bad, overwrite=overwrite, report=report, note=note)
+    """Build a dataset of a folder of images, with changes to the default recipe; return its folder."""
+    plan = make_plan(source, out, lr=lr, **changes)
+    build_dataset(plan, workers, skip_bad=skip_bad, overwrite=overwrite, report=report, note=note)
     return out
 
 
@@ -79,5 +88,5 @@ def write_sidecar(path: Path, index: str, data: bytes) -> bytes:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """All files in a folder, and the SHA-256 of each."""
+    """Return the SHA-256 of every file in a folder, by name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}

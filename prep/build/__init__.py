@@ -1,1 +1,1 @@
-"""Building datasets: plan, shards, index."""
+"""Building datasets: resources, worker processes, resuming and retrying, checking a complete one."""

@@ -1,4 +1,4 @@
-"""Shards built side by side in processes, each told by a pipe what to build next, and telling what became of it."""
+"""Building shards in parallel: worker processes, each with a pipe for the shards it is to build and their records."""
 
 import contextlib
 import multiprocessing
@@ -10,13 +10,15 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 from loader.errors import ShardsError
 from loader.system.safepath import safe_path
-from prep.build.lock import share_lock
 from prep.images.decoders import configure_decoders
-from prep.shard.shard import ShardPlan, ShardRecord, build_shard
+from prep.plan.dataset import DatasetPlan, ShardPlan
+from prep.plan.recipe import Recipe
+from prep.shard.records import ShardRecord
+from prep.shard.shard import build_shard
+from prep.workspace.workspace import Workspace
 
 Finished = Callable[[ShardPlan, ShardRecord], None]
 REMEDY = "fewer --workers need less (ulimit -a shows the limits)"
@@ -25,26 +27,28 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 def build_shards(
-    plans: Sequence[ShardPlan],
+    plan: DatasetPlan,
+    shards: Sequence[ShardPlan],
     workers: int,
     skip_bad: bool,
     report: Callable[[int], None],
     finished: Finished,
     note: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Build all shards, in a folder that is locked.
+    """Build shards of a dataset whose folder is locked.
 
-    After a bad image (unless `skip_bad`) images in work are finished and no other is begun. An error or an interrupt
-    ends all at once: what is in work is lost then.
+    After an image that cannot be used (unless `skip_bad`), workers finish the images in progress and start no other. An
+    error or an interrupt stops everything at once, and loses the shards in progress.
 
     Args:
-        plans: the shards, apart from each other.
-        workers: processes; with 1, or a single shard, all happens in this one.
-        skip_bad: go on after an image that cannot be used.
-        report: is told how many images are done.
-        finished: is given each plan and what became of it, here, in the order in which they end; of those that were
-            stopped, too.
-        note: is told if fewer processes could be started.
+        plan: the dataset.
+        shards: the shards to build.
+        workers: processes; one worker, or one shard, is built in this process.
+        skip_bad: continue after an image that cannot be used.
+        report: called with the number of images done.
+        finished: called in this process with each shard and its record, in the order in which they end, including
+            shards that were stopped.
+        note: called if fewer processes could be started.
 
     Raises:
         OSError: a shard cannot be written.
@@ -52,9 +56,10 @@ def build_shards(
         ShardsError: a process was killed, or none could be started.
         MemoryError: memory is short.
     """
-    if min(workers, len(plans)) > 1:
-        with _started(min(workers, len(plans)), plans[0].folder, skip_bad, note) as processes:
-            _feed(processes, plans, skip_bad, report, finished)
+    workspace = Workspace(plan.folder)
+    if min(workers, len(shards)) > 1:
+        with _started(min(workers, len(shards)), workspace, plan.recipe, skip_bad, note) as processes:
+            _feed(processes, shards, skip_bad, report, finished)
         return
     done, going = 0, True
 
@@ -64,20 +69,20 @@ def build_shards(
         report(done)
         return going
 
-    for plan in plans:
+    for shard in shards:
         if going:
-            finished(plan, build_shard(plan, proceed))
+            finished(shard, build_shard(shard, plan.recipe, workspace.staged(shard.file), proceed))
 
 
 @contextlib.contextmanager
 def _started(
-    count: int, folder: Path, skip_bad: bool, note: Callable[[str], None]
+    count: int, workspace: Workspace, recipe: Recipe, skip_bad: bool, note: Callable[[str], None]
 ) -> Iterator[dict[Connection, BaseProcess]]:
-    """Worker processes by the pipe to each; none is left afterwards."""
-    context = multiprocessing.get_context("spawn")  # forking a process with threads (OpenCV's, say) can hang it
+    """Start workers, yield them by their pipes, and kill them at the end."""
+    context = multiprocessing.get_context("spawn")  # forking a process with threads (of OpenCV, say) can deadlock
     processes: dict[Connection, BaseProcess] = {}
-    # Interrupts are for the parent: workers inherit that they are held back, from their first moment on. (What starts
-    # with the first process lets them through again: it is started before.)
+    # Only the parent handles interrupts: workers inherit the blocked signals from their first moment on. The resource
+    # tracker, which starts with the first process, would unblock them, so it is started before.
     with _plain_limits(count, 0), safe_path():
         resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
@@ -85,7 +90,7 @@ def _started(
         for number in range(count):
             try:
                 with _plain_limits(count, number):
-                    pipe, process = _start(context, folder, skip_bad)
+                    pipe, process = _start(context, workspace, recipe, skip_bad)
             except ShardsError as error:
                 if not processes:
                     raise
@@ -97,16 +102,18 @@ def _started(
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)  # a second interrupt leaves no worker behind either
         for pipe, worker in processes.items():
-            worker.kill()  # what it holds is a part of a shard, of no use
+            worker.kill()  # its shard is incomplete anyway
             worker.join()
             pipe.close()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(context: SpawnContext, folder: Path, skip_bad: bool) -> tuple[Connection, BaseProcess]:
+def _start(
+    context: SpawnContext, workspace: Workspace, recipe: Recipe, skip_bad: bool
+) -> tuple[Connection, BaseProcess]:
     here, there = context.Pipe()
     try:
-        process = context.Process(target=_work, args=(there, folder, skip_bad), daemon=True)
+        process = context.Process(target=_work, args=(there, workspace, recipe, skip_bad), daemon=True)
         with safe_path():
             process.start()
     except BaseException:
@@ -119,7 +126,7 @@ def _start(context: SpawnContext, folder: Path, skip_bad: bool) -> tuple[Connect
 
 @contextlib.contextmanager
 def _plain_limits(count: int, started: int) -> Iterator[None]:
-    """What the system refuses when a process is started says nothing about the dataset's folder."""
+    """Report a failure to start a process as such: it says nothing about the dataset's folder."""
     try:
         yield
     except (OSError, MemoryError) as error:
@@ -129,50 +136,49 @@ def _plain_limits(count: int, started: int) -> Iterator[None]:
 
 def _feed(
     processes: dict[Connection, BaseProcess],
-    plans: Sequence[ShardPlan],
+    shards: Sequence[ShardPlan],
     skip_bad: bool,
     report: Callable[[int], None],
     finished: Finished,
 ) -> None:
-    waiting = list(reversed(plans))
+    waiting = list(reversed(shards))
     working: dict[Connection, ShardPlan] = {}
     done = 0
     for pipe in processes:
         working[pipe] = waiting.pop()
-        _tell(pipe, working[pipe])
+        _send(pipe, working[pipe])
     while working:
         for pipe in [pipe for pipe in wait(list(working)) if isinstance(pipe, Connection)]:
-            message = _hear(pipe, processes[pipe], working[pipe])
-            if message is None:
+            record = _receive(pipe, processes[pipe], working[pipe])
+            if record is None:
                 done += 1
                 report(done)
                 continue
-            finished(working.pop(pipe), message)
-            if message.bad and not skip_bad:
+            finished(working.pop(pipe), record)
+            if record.skipped and not skip_bad:
                 waiting.clear()
                 for other in working:
-                    _tell(other, None)
+                    _send(other, None)
             if waiting:
                 working[pipe] = waiting.pop()
-                _tell(pipe, working[pipe])
+                _send(pipe, working[pipe])
 
 
-def _tell(pipe: Connection, plan: ShardPlan | None) -> None:
-    """Have a worker build a shard; or stop after the image in work."""
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it was killed: heard of next
-        pipe.send(plan)
+def _send(pipe: Connection, shard: ShardPlan | None) -> None:
+    """Ask a worker to build a shard, or to stop after the image in progress."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it was killed: _receive reports that
+        pipe.send(shard)
 
 
-def _hear(pipe: Connection, process: BaseProcess, plan: ShardPlan) -> ShardRecord | None:
-    """What a worker tells: its shard's record; or None, for one image more."""
+def _receive(pipe: Connection, process: BaseProcess, shard: ShardPlan) -> ShardRecord | None:
+    """Return the record of a worker's finished shard, or None if it has finished one more image."""
     try:
         message = pipe.recv()
     except (EOFError, ConnectionResetError):
         process.join()
-        killed = process.exitcode == -signal.SIGKILL
+        hint = "; if memory was short, try fewer --workers" if process.exitcode == -signal.SIGKILL else ""
         raise ShardsError(
-            f"{plan.part}: expected the process that builds it to end well, got exit code {process.exitcode}"
-            f"{'; perhaps memory was short: try fewer --workers' * killed}"
+            f"{shard.file}: expected its worker process to succeed, got exit code {process.exitcode}{hint}"
         ) from None
     if isinstance(message, Exception):
         raise message
@@ -180,16 +186,14 @@ def _hear(pipe: Connection, process: BaseProcess, plan: ShardPlan) -> ShardRecor
     return message
 
 
-def _work(pipe: Connection, folder: Path, skip_bad: bool) -> None:
-    """Build what the pipe asks for, until it closes."""
+def _work(pipe: Connection, workspace: Workspace, recipe: Recipe, skip_bad: bool) -> None:
+    """Build the shards asked for, until the pipe closes."""
     try:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-        share_lock(folder)  # from here on no other build begins before this process has ended
+        workspace.join_lock()  # from here on, no other build starts before this process has ended
     except RuntimeError as error:
         with contextlib.suppress(OSError):
-            pipe.send(
-                ShardsError(f"{error} in a worker process; fewer --workers need less (ulimit -a shows the limits)")
-            )
+            pipe.send(ShardsError(f"{error} in a worker process; {REMEDY}"))
         return
     except OSError:
         return
@@ -203,9 +207,9 @@ def _work(pipe: Connection, folder: Path, skip_bad: bool) -> None:
         return (good or skip_bad) and not pipe.poll()
 
     with contextlib.suppress(EOFError):
-        while plan := pipe.recv():
+        while shard := pipe.recv():
             try:
-                message: ShardRecord | Exception = build_shard(plan, proceed)
+                message: ShardRecord | Exception = build_shard(shard, recipe, workspace.staged(shard.file), proceed)
             except MemoryError:
                 message = MemoryError(SHORT)
             except Exception as error:
@@ -214,7 +218,7 @@ def _work(pipe: Connection, folder: Path, skip_bad: bool) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker does not outlive its parent, however that ends."""
+    """End this process as soon as its parent has ended in any way."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)

@@ -16,31 +16,54 @@ from prep.console.paths import GivenPath
 from prep.console.unix import tell
 
 DEFAULT_SOURCE = Path("datasets/DIV2K/DIV2K_train_HR")
-WITH_SKIPS = 3  # exit code of a build that left images out
+WITH_SKIPS = 3  # exit code if images were skipped
 
 
 @click.command("build-shards")
 @click.argument("sources", metavar="[SOURCE]...", nargs=-1, type=GivenPath())
 @click.option(
-    "--scale", "scales", type=click.IntRange(min=1), multiple=True, required=True, help="Of 2, 3, 4, 8; may repeat."
+    "--scale",
+    "scales",
+    type=click.IntRange(min=1),
+    multiple=True,
+    required=True,
+    help="Scale of LR: 2, 3, 4 or 8. Repeat for several.",
 )
-@click.option("--out", type=GivenPath(), help="Folder of the dataset.  [default: shards/<folder name>]")
-@click.option("--format", "container", type=click.Choice(list(CONTAINERS)), default="hdf5", help="Kind of shards.")
-@click.option("--tile", type=int, default=64, help="Side of HR tiles in pixels, a multiple of 16.")
-@click.option("--images-per-shard", type=int, help="[default: a sixteenth of the images, but 8 to 64]")
-@click.option("--lr", type=GivenPath(), help="Pack LR images given as DIR/X4/NAMEx4.png or DIR/NAMEx4.png.")
+@click.option("--out", type=GivenPath(), help="Dataset folder.  [default: shards/<source name>]")
 @click.option(
-    "--resize", type=click.Choice(RESIZES), default=RESIZES[0], help="MATLAB's imresize of uint8, or of im2double."
+    "--format", "container", type=click.Choice(list(CONTAINERS)), default="hdf5", help="Container of the shards."
 )
-@click.option("--border", type=click.Choice(BORDERS), default=BORDERS[0], help="Of MATLAB since R2015b, or before.")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
-@click.option("--max-pixels", type=click.IntRange(min=1), default=1 << 28, help="An image of more is bad.")
-@click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", help="What to do about a bad image.")
+@click.option("--tile", type=int, default=64, help="HR tile size in pixels, a multiple of 16.")
+@click.option("--images-per-shard", type=int, help="[default: images / 16, at least 8, at most 64]")
 @click.option(
-    "--retry-skipped", is_flag=True, help="Try images again that were left out before; leave out those still bad."
+    "--lr",
+    type=GivenPath(),
+    help="Store given LR images, named DIR/X4/NAMEx4.png or DIR/NAMEx4.png, instead of making LR.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace what is in the folder, once the new dataset is complete.")
-@click.option("--sample", is_flag=True, help="Take the photographs that scikit-image carries.")
+@click.option(
+    "--resize", type=click.Choice(RESIZES), default=RESIZES[0], help="MATLAB's imresize, of uint8 or of im2double."
+)
+@click.option(
+    "--border",
+    type=click.Choice(BORDERS),
+    default=BORDERS[0],
+    help="Border of imresize: symmetric since MATLAB R2015b, replicate before.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Worker processes.  [default: one per core]")
+@click.option(
+    "--max-pixels", type=click.IntRange(min=1), default=1 << 28, help="Reject images with more pixels than this."
+)
+@click.option(
+    "--on-error",
+    type=click.Choice(["fail", "skip"]),
+    default="fail",
+    help="Fail if an image cannot be used, or skip it.",
+)
+@click.option(
+    "--retry-skipped", is_flag=True, help="Retry the images skipped before; skip those that are still unusable."
+)
+@click.option("--overwrite", is_flag=True, help="Replace any dataset in the folder, once the new one is complete.")
+@click.option("--sample", is_flag=True, help="Use scikit-image's sample photographs.")
 def build_shards(
     sources: tuple[Path, ...],
     scales: tuple[int, ...],
@@ -60,22 +83,24 @@ def build_shards(
 ) -> None:
     """Build a dataset of shards from images.
 
-    SOURCE: folders (with all folders in them) or image files; without any, datasets/DIV2K/DIV2K_train_HR. HR is
-    stored beside LR of each --scale. The same command again goes on with a build that was stopped, and checks a dataset
-    that is complete.
+    SOURCE: folders, searched recursively, or image files. The default is datasets/DIV2K/DIV2K_train_HR. The dataset
+    holds HR, and LR for each --scale. Run the same command again to resume an interrupted build, or to check a complete
+    dataset.
     """
     if wrong := sorted(set(scales) - set(SCALES)):
         raise click.UsageError(f"--scale: expected some of {', '.join(map(str, SCALES))}, got {wrong[0]}")
     if sample and (sources or lr):
-        raise click.UsageError("--sample takes neither sources nor --lr")
+        raise click.UsageError("--sample takes neither SOURCE nor --lr")
     if len(sources) > 1 and out is None:
-        raise click.UsageError("--out is required with several sources")
-    from prep.build.build import build_dataset, describe_bad, plan_shards
-    from prep.build.build import images_per_shard as default_count
+        raise click.UsageError("--out is required with several SOURCEs")
+    from prep.build.build import build_dataset
+    from prep.build.check import describe_skipped
     from prep.console.progress import Progress
     from prep.images.decoders import configure_decoders
     from prep.images.find import find_images
-    from prep.shard.shard import Recipe
+    from prep.plan.dataset import default_images_per_shard, plan_dataset
+    from prep.plan.recipe import Recipe
+    from prep.workspace.workspace import Workspace
 
     configure_decoders()
     start = time.monotonic()
@@ -83,20 +108,20 @@ def build_shards(
     images = find_images(paths, tell)
     folder = Path("shards", "sample" if sample else _default_name(paths[0])) if out is None else out
     recipe = Recipe(
-        tuple(sorted(set(scales))),
-        container,
-        tile,
-        images_per_shard if images_per_shard is not None else default_count(len(images)),
-        resize,
-        border,
-        lr is not None,
-        max_pixels,
+        scales=tuple(sorted(set(scales))),
+        container=container,
+        tile=tile,
+        images_per_shard=default_images_per_shard(len(images)) if images_per_shard is None else images_per_shard,
+        resize=resize,
+        border=border,
+        given_lr=lr is not None,
+        max_pixels=max_pixels,
     )
-    plans = plan_shards(images, recipe, folder, lr, tell)
+    plan = plan_dataset(images, recipe, folder, lr, tell)
     signal.signal(signal.SIGTERM, _interrupt)
     with Progress(len(images), "image") as progress:
         summary = build_dataset(
-            plans,
+            plan,
             _cores() if workers is None else workers,
             skip_bad=on_error == "skip",
             overwrite=overwrite,
@@ -106,14 +131,14 @@ def build_shards(
         )
     seconds = time.monotonic() - start
     count = len(summary.index.name)
+    state = "already complete; all checksums match: " if summary.checked else ""
     click.echo(
-        f"{folder}: {'complete already, and unharmed: ' * summary.checked}{count} images in "
-        f"{len(summary.index.shards)} shards, {summary.bytes / 1e6:.1f} MB, {seconds:.1f} s, "
-        f"{count / seconds:.1f} images/s"
+        f"{folder}: {state}{count} images in {len(summary.index.shards)} shards, {summary.bytes / 1e6:.1f} MB, "
+        f"{seconds:.1f} s, {count / seconds:.1f} images/s"
     )
-    if summary.bad:
-        lines = describe_bad(plans, summary.bad)
-        head = f"left out {len(lines)}, also listed in skipped.json (--retry-skipped tries them again):"
+    if summary.skipped:
+        lines, name = describe_skipped(plan, summary.skipped), Workspace(folder).skipped.name
+        head = f"skipped {len(lines)} images (also listed in {name}; --retry-skipped retries them):"
         tell("\n  ".join([head, *lines]))
         sys.exit(WITH_SKIPS)
 
@@ -126,13 +151,13 @@ def _sources(sources: tuple[Path, ...], sample: bool) -> list[Path]:
     if sources or DEFAULT_SOURCE.exists():
         return list(sources or [DEFAULT_SOURCE])
     raise ShardsError(
-        f"{DEFAULT_SOURCE}: expected the DIV2K training images there, since no SOURCE was named, got nothing; "
-        "name a folder of images, or try --sample, which takes the photographs of scikit-image"
+        f"{DEFAULT_SOURCE}: expected the DIV2K training images, the default SOURCE, got nothing; "
+        "name a folder of images, or use --sample for scikit-image's photographs"
     )
 
 
 def _default_name(source: Path) -> str:
-    """The whole name of a folder (`data.v1` is not `data.v2`), or the stem of an image file."""
+    """Return the full name of a folder (`data.v1` differs from `data.v2`), or the stem of an image file."""
     real = source.resolve()
     if not (name := real.name if real.is_dir() else real.stem):
         raise click.UsageError(f"--out is required with {source}, which has no name")
@@ -144,5 +169,5 @@ def _cores() -> int:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End on SIGTERM as on Ctrl-C: workers are stopped, and half shards removed."""
+    """Treat SIGTERM as Ctrl-C, which stops the workers and removes incomplete shards."""
     raise KeyboardInterrupt

@@ -41,7 +41,7 @@ def describe_dataset(folder: Path) -> dict[str, Any]:
     Raises:
         FormatError: the folder holds no complete dataset, or its list of skipped images is damaged.
     """
-    from prep.build.skipped import read_skipped
+    from prep.workspace.workspace import Workspace
 
     index = read_index(folder)
     pixels = {plane_name(scale): int((h * w).sum()) for scale in index.planes for h, w in [index.sizes(scale)]}
@@ -64,7 +64,7 @@ def describe_dataset(folder: Path) -> dict[str, Any]:
         },
         "first": index.name[0],
         "last": index.name[-1],
-        "left_out": [vars(bad) for bad in read_skipped(folder)],
+        "left_out": [vars(image) for image in Workspace(folder).read_skipped()],
         "sha256": index.sha256,
     }
 

@@ -44,11 +44,11 @@ def verify(
     if quick and sources:
         raise click.UsageError("--quick reads no pixels, so it cannot be combined with --source")
     from loader.format.index import read_index_alone
-    from prep.build.skipped import left_out
     from prep.console.progress import Progress
     from prep.images.decoders import configure_decoders
     from prep.verify.sources import SourceImages
     from prep.verify.verify import check_shards, compare_images
+    from prep.workspace.workspace import Workspace
 
     configure_decoders()
     start = time.monotonic()
@@ -77,7 +77,9 @@ def verify(
         damage = [finding for finding in damage if problems[finding.shard]]
         repaired = list(problems.values()).count(None)
     findings = damage + differences
-    verdict = _verdict(findings, index, source_images if sources else None, quick) + left_out(folder)
+    verdict = (
+        _verdict(findings, index, source_images if sources else None, quick) + Workspace(folder).describe_skipped()
+    )
     if repaired:
         verdict = f"{repaired} shards repaired, {verdict}"
     size, seconds = sum(shard.bytes for shard in index.shards) / 1e6, time.monotonic() - start
@@ -89,13 +91,13 @@ def verify(
 def _repair(
     folder: Path, index: Index, sources: "SourceImages", numbers: list[int], workers: int
 ) -> dict[int, str | None]:
-    from prep.build.lock import locked
     from prep.console.progress import Progress
     from prep.verify.verify import repair_shards
+    from prep.workspace.workspace import Workspace
 
     images = sum(int((index.shard == number).sum()) for number in numbers)
     try:
-        with locked(folder, tell), Progress(images, "image") as progress:
+        with Workspace(folder).locked(tell), Progress(images, "image") as progress:
             return repair_shards(folder, index, sources, numbers, workers, progress)
     except OSError as error:
         raise ShardsError(f"{error.filename or folder}: could not be written: {error.strerror or error}") from None

@@ -1,1 +1,1 @@
-"""One shard: its plan, how it is written, and how it is checked against the index."""
+"""One shard: writing it, its record, checking it against the index."""

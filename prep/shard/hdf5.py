@@ -1,4 +1,4 @@
-"""HDF5 shards as HDF5 tools see them: every plane the dataset that the index says, at the place that it says."""
+"""Checking HDF5 shards as HDF5 tools see them: every plane must be the dataset that the index describes."""
 
 import contextlib
 import os
@@ -12,15 +12,15 @@ from loader.format.layout import CHANNELS, Index, plane_group, plane_name, run_l
 from loader.system.safefile import open_member
 from prep.shard.checksums import Finding
 
-# What h5py makes of libhdf5's errors; a damaged file can also ask it for any amount of memory.
+# What h5py raises for libhdf5's errors; a damaged file can also make it ask for any amount of memory.
 FAILURES = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
 LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "an external link"}
 
 
-def check_hdf5_shard(folder: Path, index: Index, number: int) -> Iterator[Finding]:
-    """Where the datasets in an HDF5 shard (names, sizes, type, chunks, place) differ from what the index says.
+def check_hdf5(folder: Path, index: Index, number: int) -> Iterator[Finding]:
+    """Yield a finding for each dataset in an HDF5 shard whose name, shape, type, chunks or offset is wrong.
 
-    Links that lead elsewhere, to other files too, are told of and not followed; nothing but the shard is opened.
+    Soft and external links are reported and not followed; no file but the shard is opened.
     """
     path = folder / index.shards[number].file
     try:
@@ -29,18 +29,18 @@ def check_hdf5_shard(folder: Path, index: Index, number: int) -> Iterator[Findin
         yield Finding(number, f"{path}: expected a readable file, got {error.strerror}")
         return
     try:
-        yield from check_hdf5(descriptor, path, index, number)
+        yield from check_open_hdf5(descriptor, path, index, number)
     finally:
         os.close(descriptor)
 
 
-def check_hdf5(descriptor: int, path: Path, index: Index, number: int) -> Iterator[Finding]:
-    """See `check_hdf5_shard`; for a shard that is open, and is called `path` in findings."""
+def check_open_hdf5(descriptor: int, path: Path, index: Index, number: int) -> Iterator[Finding]:
+    """Check an open shard as `check_hdf5` does; findings call it `path`."""
     try:
         access = h5p.create(h5p.FILE_ACCESS)
         access.set_fclose_degree(h5f.CLOSE_STRONG)
         access.set_file_locking(False, True)
-        # The file that is open, whatever its name leads to by now.
+        # The open file itself, even if its name has been replaced.
         name = Path(f"/proc/self/fd/{descriptor}")
         file = h5f.open(os.fsencode(name if name.exists() else path), h5f.ACC_RDONLY, access)
     except FAILURES as error:
@@ -49,20 +49,20 @@ def check_hdf5(descriptor: int, path: Path, index: Index, number: int) -> Iterat
     try:
         yield from _check_planes(file, path, index, number)
     finally:
-        # What libhdf5 could not read it may fail to close.
+        # libhdf5 may fail to close what it could not read.
         with contextlib.suppress(OSError, RuntimeError):
             file.close()
 
 
 def _check_planes(file: h5f.FileID, path: Path, index: Index, number: int) -> Iterator[Finding]:
     images = np.flatnonzero(index.shard == number).tolist()
-    for scale in index.planes:
-        where = f"{path}: {plane_name(scale)}"
+    for level in index.planes:
+        where = f"{path}: {plane_name(level)}"
         try:
-            group = _group(file, plane_group(scale))
+            group = _group(file, plane_group(level))
             count = group.get_num_objs()
         except FAILURES as error:
-            yield Finding(number, f"{where}: expected the group {plane_group(scale)}, got none ({_reason(error)})")
+            yield Finding(number, f"{where}: expected the group {plane_group(level)}, got none ({_reason(error)})")
             continue
         for image in images:
             name = index.name[image]
@@ -72,18 +72,18 @@ def _check_planes(file: h5f.FileID, path: Path, index: Index, number: int) -> It
             except FAILURES as error:
                 text = f"expected a dataset, got none ({_reason(error)})"
             else:
-                wanted = _wanted(index, scale, image)
+                wanted = _wanted(index, level, image)
                 if found == wanted:
                     continue
                 key = next(key for key in wanted if found.get(key) != wanted[key])
                 text = f"{key}: expected {wanted[key]}, got {found.get(key)}"
-            yield Finding(number, f"{where} of image {name!r}: HDF5: {text}", image, scale)
+            yield Finding(number, f"{where} of image {name!r}: HDF5: {text}", image, level)
         if count > len(images):
             yield Finding(number, f"{where}: expected {len(images)} datasets, got {count}")
 
 
 def _group(file: h5f.FileID, path: str) -> h5g.GroupID:
-    """Open a group, one name after the other: a path would be followed through links of any kind."""
+    """Open a group name by name: libhdf5 would follow a path through links of any kind."""
     group = h5g.open(file, b"/")
     for name in path.split("/"):
         _need_hard_link(group, name)
@@ -92,16 +92,16 @@ def _group(file: h5f.FileID, path: str) -> h5g.GroupID:
 
 
 def _need_hard_link(group: h5g.GroupID, name: str) -> None:
-    """Raise a ValueError unless a name in a group is that of an object of this file."""
+    """Raise ValueError unless a name in a group is a hard link."""
     if (kind := group.links.get_info(name.encode()).type) != h5l.TYPE_HARD:
         raise ValueError(f"{LINKS.get(kind, 'a link of another kind')}, which is not followed")
 
 
-def _wanted(index: Index, scale: int, image: int) -> dict[str, object]:
-    height, width = (int(sizes[image]) for sizes in index.sizes(scale))
-    tile = index.planes[scale].tile
+def _wanted(index: Index, level: int, image: int) -> dict[str, object]:
+    height, width = (int(sizes[image]) for sizes in index.sizes(level))
+    tile = index.planes[level].tile
     length = run_length(height, width, tile)
-    first = int(index.planes[scale].offset[image])
+    first = int(index.planes[level].offset[image])
     return {
         "shape": (height, width, CHANNELS),
         "type": "uint8",
@@ -115,7 +115,7 @@ def _wanted(index: Index, scale: int, image: int) -> dict[str, object]:
 
 def _describe(dataset: h5d.DatasetID) -> dict[str, object]:
     creation = dataset.get_create_plist()
-    # Of a dataset made up of others, or kept in other files, no more is asked: they would be opened.
+    # Ask nothing more of a virtual dataset or one with external storage: libhdf5 would open other files.
     if creation.get_layout() == h5d.VIRTUAL or creation.get_external_count():
         raise ValueError("one whose pixels are in other files")
     facts: dict[str, object] = {
@@ -134,5 +134,5 @@ def _describe(dataset: h5d.DatasetID) -> dict[str, object]:
 
 
 def _reason(error: Exception) -> str:
-    """The first words of what libhdf5 says, which goes on with a page of its variables."""
+    """Return the first line of a message of libhdf5, which continues with a page of its variables."""
     return str(error).strip("'\"").split("\n")[0][:120]

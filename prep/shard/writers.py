@@ -1,6 +1,6 @@
-"""One writer per container: each puts the tiles of image after image into a shard, as page-aligned runs.
+"""Shard writers, one per container: they append the tile runs of images, page-aligned.
 
-Both write the same bytes for the same calls: neither records a time, and padding is zero.
+The same calls always write the same bytes: no time stamps are stored, and padding is zero.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ Pixels = NDArray[np.uint8]
 
 
 class ShardWriter(Protocol):
-    """Writes one shard; a context manager, after which the file is whole and on the disk."""
+    """Writer of one shard: a context manager, on whose exit the file is complete and on the disk."""
 
-    def write(self, scale: int, name: str, height: int, width: int, tiles: Pixels) -> int:
-        """Store the tiles (rows, cols, T, T, 3) of one image of one plane; return the offset of their run in bytes."""
+    def write(self, level: int, name: str, height: int, width: int, tiles: Pixels) -> int:
+        """Append the tiles (rows, cols, T, T, 3) of an image in a plane; return the offset of their run in bytes."""
 
     def __enter__(self) -> "ShardWriter": ...
 
@@ -38,9 +38,13 @@ class ShardWriter(Protocol):
 
 
 def open_writer(container: str, path: Path, scales: tuple[int, ...], smallest_run: int) -> ShardWriter:
-    """The writer of a container ("hdf5" or "raw") for a new file with planes of these scales besides HR.
+    """Return a writer for a new shard.
 
-    `smallest_run` is the size in bytes of the smallest tile, from which on a run is aligned to a page.
+    Args:
+        container: "hdf5" or "raw".
+        path: where nothing exists yet.
+        scales: the scales of LR planes.
+        smallest_run: bytes of the smallest tile; HDF5 aligns objects of that size or more to pages.
     """
     if container == "raw":
         return RawWriter(path)
@@ -48,13 +52,13 @@ def open_writer(container: str, path: Path, scales: tuple[int, ...], smallest_ru
 
 
 class RawWriter:
-    """Runs back to back, each starting on a page, with zeros between."""
+    """Writer of a flat file: tile runs, each starting on a page, with zeros between."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.fdopen(open_exclusive(path), "wb")
 
-    def write(self, scale: int, name: str, height: int, width: int, tiles: Pixels) -> int:
-        """See ShardWriter; a flat file needs neither names nor sizes."""
+    def write(self, level: int, name: str, height: int, width: int, tiles: Pixels) -> int:
+        """See ShardWriter. Names and sizes are not stored."""
         self._file.write(bytes(-self._file.tell() % PAGE))
         offset = self._file.tell()
         self._file.write(np.ascontiguousarray(tiles).data)
@@ -73,25 +77,25 @@ class RawWriter:
 
 
 class HDF5Writer:
-    """An ordinary HDF5 file with a dataset (H, W, 3) per image and plane, chunked in tiles, without filters.
+    """Writer of an ordinary HDF5 file: a dataset (H, W, 3) per image and plane, chunked in tiles, without filters.
 
-    With chunks of known number, allocated early and never filled, libhdf5 keeps no index of chunks: they lie in
-    row-major order in one block (HDF5 File Format Specification 4.0, "implicit" index). The writer checks that they do.
+    For a fixed number of chunks, allocated early and never filled, libhdf5 keeps no chunk index: the chunks form one
+    block in row-major order (HDF5 File Format Specification 4.0, "implicit" index). The writer checks that they do.
     """
 
     def __init__(self, path: Path, scales: tuple[int, ...], smallest_run: int) -> None:
         self._path = path
         access = h5p.create(h5p.FILE_ACCESS)
-        access.set_libver_bounds(h5f.LIBVER_V110, h5f.LIBVER_V110)  # one fixed version: the same bytes everywhere
+        access.set_libver_bounds(h5f.LIBVER_V110, h5f.LIBVER_V110)  # one fixed version: equal bytes everywhere
         access.set_alignment(smallest_run, PAGE)
-        access.set_fclose_degree(h5f.CLOSE_STRONG)  # closing the file closes all that is in it
-        access.set_file_locking(False, True)  # not every file system has locks, and nobody else writes here
-        # libhdf5 opens what is there before it refuses it: a pipe or a device would notice.
+        access.set_fclose_degree(h5f.CLOSE_STRONG)  # closing the file closes its objects
+        access.set_file_locking(False, True)  # some file systems have no locks, and nobody else writes here
+        # libhdf5 opens an existing file before refusing it, which has effects on a pipe or a device.
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         with _plain_errors(path):
             self._file = h5f.create(os.fsencode(path), h5f.ACC_EXCL, _untimed(h5p.FILE_CREATE), access)
-            self._descriptor = os.dup(self._file.get_vfd_handle())  # of this file, whatever becomes of its name
+            self._descriptor = os.dup(self._file.get_vfd_handle())  # refers to this file even if its name is replaced
         try:
             with _plain_errors(path):
                 self._groups = {HR: self._group(plane_group(HR))}
@@ -105,20 +109,20 @@ class HDF5Writer:
     def _group(self, name: str) -> h5g.GroupID:
         return h5g.create(self._file, name.encode(), gcpl=_untimed(h5p.GROUP_CREATE))
 
-    def write(self, scale: int, name: str, height: int, width: int, tiles: Pixels) -> int:
+    def write(self, level: int, name: str, height: int, width: int, tiles: Pixels) -> int:
         """See ShardWriter."""
         with _plain_errors(self._path):
-            return self._write(scale, name, height, width, tiles)
+            return self._write(level, name, height, width, tiles)
 
-    def _write(self, scale: int, name: str, height: int, width: int, tiles: Pixels) -> int:
+    def _write(self, level: int, name: str, height: int, width: int, tiles: Pixels) -> int:
         rows, cols, side = tiles.shape[:3]
         creation = _untimed(h5p.DATASET_CREATE)
         creation.set_chunk((side, side, CHANNELS))
         creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
         creation.set_fill_time(h5d.FILL_TIME_NEVER)
-        # Chunks may not exceed the largest extent: it is rounded up to whole tiles.
+        # Chunks may not exceed the maximum extent, so it is rounded up to whole tiles.
         space = h5s.create_simple((height, width, CHANNELS), (rows * side, cols * side, CHANNELS))
-        dataset = h5d.create(self._groups[scale], name.encode(), h5t.STD_U8LE, space, creation)
+        dataset = h5d.create(self._groups[level], name.encode(), h5t.STD_U8LE, space, creation)
         for row in range(rows):
             for col in range(cols):
                 dataset.write_direct_chunk((row * side, col * side, 0), tiles[row, col])
@@ -134,7 +138,7 @@ class HDF5Writer:
         if first % PAGE or found != [(first + i * size, size) for i in range(rows * cols)]:
             raise ShardsError(
                 f"{self._path}: {h5py.h5i.get_name(dataset).decode()}: expected {rows * cols} chunks of {size} bytes "
-                f"in one run that starts on a page, got another layout from byte {first} on (HDF5 "
+                f"in one page-aligned run, got another layout from byte {first} on (HDF5 "
                 f"{h5py.version.hdf5_version})"
             )
         return first
@@ -154,10 +158,10 @@ class HDF5Writer:
             self._abandon()
 
     def _abandon(self) -> None:
-        """Close what is open still."""
+        """Close everything still open."""
         with contextlib.suppress(OSError, RuntimeError):
             if self._file:
-                # What libhdf5 could not write it tries again when it closes the file: give it room on a full disk.
+                # On closing, libhdf5 retries its failed writes: make room for them on a full disk.
                 os.ftruncate(self._descriptor, 0)
                 self._file.close()
         os.close(self._descriptor)
@@ -165,7 +169,7 @@ class HDF5Writer:
 
 @contextlib.contextmanager
 def _plain_errors(path: Path) -> Iterator[None]:
-    """Turn what libhdf5 raises, a page of its variables, into the error of the system that it met."""
+    """Raise libhdf5's errors, a page of its variables, as the system error behind them."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -175,7 +179,7 @@ def _plain_errors(path: Path) -> Iterator[None]:
 
 
 def _untimed(kind: h5p.PropClassID) -> h5p.PropInstanceID:
-    """Creation properties without time stamps."""
+    """Return creation properties without time stamps."""
     properties = h5p.create(kind)
     properties.set_obj_track_times(False)
     return properties

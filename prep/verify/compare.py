@@ -10,7 +10,7 @@ from loader.pixels.files import Files
 from loader.pixels.tiles import Pixels, split
 from prep.images.faults import ImageError
 from prep.shard.checksums import Finding
-from prep.shard.shard import read_planes
+from prep.shard.planes import read_planes
 from prep.verify.sources import SourceImages, recipe_of, unreadable
 
 
@@ -39,7 +39,7 @@ def compare_image(folder: Path, index: Index, image: int, sources: SourceImages,
             continue
         file = source.lr[scale] if given else source.image
         try:
-            text = _difference(folder, index, image, scale, planes[scale][0])
+            text = _difference(folder, index, image, scale, planes[scale].pixels)
         except FormatError as error:
             findings.append(Finding(number, str(error), image, scale))
             continue

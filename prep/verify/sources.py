@@ -11,7 +11,8 @@ from loader.format.layout import HR, RESIZES, Index
 from loader.system.safefile import open_named
 from prep.images.faults import NOT_FOUND, ImageError, StorageError
 from prep.images.find import ImageFile
-from prep.shard.shard import Recipe, Source
+from prep.plan.dataset import Source
+from prep.plan.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from loader.format.layout import Index
 from loader.system.limits import startable_threads
 from loader.system.threads import in_threads
 from prep.shard.checksums import Finding, Tick, check_length, check_shard
-from prep.shard.hdf5 import check_hdf5_shard
+from prep.shard.hdf5 import check_hdf5
 from prep.verify.compare import compare_image
 from prep.verify.repair import repair_folder, repair_shard
 from prep.verify.sources import SourceImages
@@ -46,7 +46,7 @@ def check_shards(
             findings = check_shard(folder, index, number, tick)
         # Keep files known to be damaged away from libhdf5.
         if index.container == "hdf5" and all(finding.image is not None for finding in findings):
-            findings += check_hdf5_shard(folder, index, number)
+            findings += check_hdf5(folder, index, number)
         return findings
 
     return _in_threads(check, numbers, workers, report)
@@ -59,7 +59,7 @@ def compare_images(
 
     `report` is called with the number of images compared.
     """
-    bad = {(finding.image, finding.scale) for finding in known}
+    bad = {(finding.image, finding.level) for finding in known}
     # Nothing is read from a shard of the wrong length.
     unreadable = {number for number in {finding.shard for finding in known} if any(check_length(folder, index, number))}
 

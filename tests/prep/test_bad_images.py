@@ -21,6 +21,7 @@ from loader.format.index import read_index
 from loader.pixels.shards import Shards
 from prep.cli import main
 from prep.images.decode import decode
+from prep.shard import planes as planes_module
 
 RGB = photograph(23, 31)
 PICTURE = Image.fromarray(RGB)
@@ -167,7 +168,7 @@ def test_each_bad_file_is_reported_in_one_line(tmp_path: Path, workers: str) -> 
     # libpng itself may complain about missing pixels, although all chunks are intact, without naming the file.
     others = [line for line in others if line != "libpng error: Not enough image data"]
     assert len(others) == 1, others  # the heading
-    assert others[0].startswith(f"left out {len(bad)}")
+    assert others[0].startswith(f"skipped {len(bad)} images")
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -284,7 +285,7 @@ def test_file_that_changes_during_the_build(
             second.write_bytes(PNG[:100] if change == "truncate" else other)
         return decode(data, *rest)
 
-    monkeypatch.setattr("prep.shard.shard.decode", decode_and_change)
+    monkeypatch.setattr(planes_module, "decode", decode_and_change)
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as caught:
         main(["build-shards", str(tmp_path / "in"), "--scale", "2", "--workers", "1", "--out", str(out)])

@@ -1,4 +1,4 @@
-"""Building: what comes out is what went in, the same bytes however it was built, and nothing after a failure."""
+"""Building: shards hold the pixels of the images, bytes do not depend on how they are built, failures leave nothing."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from helpers import Pixels, build, digests, photograph, write_image
+from helpers import Pixels, build, digests, make_plan, photograph, write_image
 
 from loader.errors import ShardsError
 from loader.format.index import read_index
@@ -18,14 +18,13 @@ from loader.format.layout import HR, PAGE
 from loader.pixels.shards import Shards
 from loader.pixels.tiles import gather_crops, split
 from loader.resize.imresize import Border, imresize
-from prep.build.build import build_dataset, images_per_shard, plan_shards
-from prep.images.find import find_images
-from prep.shard.shard import Recipe
+from prep.build.build import build_dataset
+from prep.plan.dataset import default_images_per_shard
 from prep.shard.writers import open_writer
 
 
 def plane(shards: Shards, image: int, scale: int) -> Pixels:
-    """All pixels of one image of one plane, through the map and by a read."""
+    """Return all pixels of an image in a plane, after comparing mapped and positional reads."""
     height, width = (int(sizes[image]) for sizes in shards.index.sizes(scale))
     out = np.empty((1, height, width, 3), np.uint8)
     zero = np.zeros(1, np.int64)
@@ -66,8 +65,8 @@ def test_runs_checksums_and_sources(dataset: Path, folder: Path, pictures: dict[
         assert shard.sha256 == hashlib.sha256((dataset / shard.file).read_bytes()).hexdigest()
 
 
-def test_hdf5_shards_are_ordinary(folder: Path, pictures: dict[str, Pixels], tmp_path: Path) -> None:
-    """Any HDF5 tool can slice them."""
+def test_hdf5_shards_are_ordinary_files(folder: Path, pictures: dict[str, Pixels], tmp_path: Path) -> None:
+    """Any HDF5 tool can slice their datasets."""
     build(folder, tmp_path / "out", images_per_shard=3)
     seen = {}
     for path in sorted((tmp_path / "out").glob("*.h5")):
@@ -87,7 +86,7 @@ def test_hdf5_shards_are_ordinary(folder: Path, pictures: dict[str, Pixels], tmp
 
 @pytest.mark.parametrize("container", ["hdf5", "raw"])
 def test_writers_agree(container: str, tmp_path: Path) -> None:
-    """The contract of ShardWriter: aligned runs, in order, with exactly the bytes given."""
+    """The contract of ShardWriter: page-aligned runs, in order, with exactly the bytes given."""
     runs = []
     with open_writer(container, tmp_path / "shard", (2,), 16 * 16 * 3) as writer:
         for i, (height, width, side) in enumerate([(130, 70, 64), (5, 3, 64), (33, 32, 32), (1, 1, 16)]):
@@ -106,12 +105,12 @@ def test_writers_agree(container: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("container", ["hdf5", "raw"])
-def test_bytes_do_not_depend_on_workers_place_or_time(container: str, folder: Path, tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_workers_paths_or_time(container: str, folder: Path, tmp_path: Path) -> None:
     once = digests(build(folder, tmp_path / "one", container=container, images_per_shard=1))
     assert len(once) == 6
     elsewhere = tmp_path / "moved" / "images"
     shutil.copytree(folder, elsewhere)
-    time.sleep(1.1)  # times in HDF5 files are whole seconds
+    time.sleep(1.1)  # HDF5 stores times in whole seconds
     again = digests(build(elsewhere, tmp_path / "deep" / "two", container=container, images_per_shard=1, workers=3))
     assert again == once
     for path in (tmp_path / "one").iterdir():
@@ -127,7 +126,7 @@ def test_recipe_reaches_the_pixels(folder: Path, pictures: dict[str, Pixels], tm
     np.testing.assert_array_equal(plane(shards, 0, 8), expected)
 
 
-def test_given_lr_is_packed_as_it_is(folder: Path, pictures: dict[str, Pixels], tmp_path: Path) -> None:
+def test_given_lr_is_stored_unchanged(folder: Path, pictures: dict[str, Pixels], tmp_path: Path) -> None:
     given = {}
     for name, hr in pictures.items():
         for scale, size in (
@@ -147,8 +146,8 @@ def test_given_lr_is_packed_as_it_is(folder: Path, pictures: dict[str, Pixels], 
         np.testing.assert_array_equal(plane(shards, i, 4), given[name, 4][: height[i], : width[i]])
 
 
-def spoil(folder: Path, place: Path) -> Path:
-    """A copy of the images with three that cannot be used."""
+def with_bad_images(folder: Path, place: Path) -> Path:
+    """Copy the images, and add three that cannot be used."""
     shutil.copytree(folder, place)
     (place / "bad1.png").write_text("no image")
     (place / "bad2.jpg").write_bytes(b"")
@@ -158,12 +157,12 @@ def spoil(folder: Path, place: Path) -> Path:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_bad_images_fail_the_build(folder: Path, tmp_path: Path, workers: int) -> None:
-    source = spoil(folder, tmp_path / "images")
+    source = with_bad_images(folder, tmp_path / "images")
     with pytest.raises(ShardsError, match=r"bad1.png: expected PNG"):
         build(source, tmp_path / "out", workers=workers, images_per_shard=8)
     assert not (tmp_path / "out").exists()
-    # One worker has finished a shard before it meets the bad one; of two, the other may be stopped within its first.
-    kept = r".*1 of 4 shards are finished; the same command goes" if workers == 1 else ""
+    # One worker finishes a shard before it reaches the bad image. Of two, the other may be stopped in its first shard.
+    kept = r".*1 of 4 shards are finished; run the same command" if workers == 1 else ""
     with pytest.raises(ShardsError, match=rf"(?s)bad1.png: expected PNG{kept}"):
         build(source, tmp_path / "out", workers=workers)
     for name in ("bad1.png", "bad2.jpg", "tiny.png"):
@@ -173,47 +172,44 @@ def test_bad_images_fail_the_build(folder: Path, tmp_path: Path, workers: int) -
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_bad_images_are_left_out_on_request(folder: Path, tmp_path: Path, workers: int) -> None:
-    source = spoil(folder, tmp_path / "images")
-    recipe = Recipe((2, 4), "raw", 64, 2, "matlab-uint8", "symmetric")
-    plans = plan_shards(find_images([source]), recipe, tmp_path / "out")
+def test_bad_images_are_skipped_on_request(folder: Path, tmp_path: Path, workers: int) -> None:
+    source = with_bad_images(folder, tmp_path / "images")
+    plan = make_plan(source, tmp_path / "out", container="raw")
     done: list[int] = []
-    summary = build_dataset(plans, workers, skip_bad=True, overwrite=False, report=done.append)
-    assert [(bad.image, bad.source) for bad in summary.bad] == [
+    summary = build_dataset(plan, workers, skip_bad=True, overwrite=False, report=done.append)
+    assert [(bad.image, bad.source) for bad in summary.skipped] == [
         ("bad1", "bad1.png"),
         ("bad2", "bad2.jpg"),
         ("tiny", "tiny.png"),
     ]
-    assert json.loads((tmp_path / "out/skipped.json").read_text()) == [vars(bad) for bad in summary.bad]
+    assert json.loads((tmp_path / "out/skipped.json").read_text()) == [vars(bad) for bad in summary.skipped]
     assert list(read_index(tmp_path / "out").name) == ["a", "b", "c", "d e", "ü"]
     assert done == sorted(done)
     assert workers > 1 or done[-1] == 8
 
 
-def test_nothing_usable(tmp_path: Path) -> None:
+def test_no_usable_image(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_text("no image")
-    recipe = Recipe((2,), "raw", 64, 2, "matlab-uint8", "symmetric")
-    plans = plan_shards(find_images([tmp_path / "images"]), recipe, tmp_path / "out")
+    plan = make_plan(tmp_path / "images", tmp_path / "out", scales=(2,), container="raw")
     with pytest.raises(ShardsError, match="expected at least one usable image, got none"):
-        build_dataset(plans, 1, skip_bad=True, overwrite=False, report=lambda done: None)
+        build_dataset(plan, 1, skip_bad=True, overwrite=False, report=lambda done: None)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_earlier_dataset_is_kept_until_the_new_one_is_whole(folder: Path, tmp_path: Path) -> None:
+def test_an_earlier_dataset_is_kept_until_the_new_one_is_complete(folder: Path, tmp_path: Path) -> None:
     out = build(folder, tmp_path / "out", images_per_shard=1)
     before = digests(out)
     with pytest.raises(ShardsError, match="got another"):
         build(folder, out)
     (out / "notes.txt").write_text("mine")
-    recipe = Recipe((2,), "raw", 32, 3, "matlab-uint8", "symmetric")
 
     def rebuild(source: Path) -> None:
-        plans = plan_shards(find_images([source]), recipe, out)
-        build_dataset(plans, 1, skip_bad=False, overwrite=True, report=lambda done: None)
+        plan = make_plan(source, out, scales=(2,), container="raw", tile=32, images_per_shard=3)
+        build_dataset(plan, 1, skip_bad=False, overwrite=True, report=lambda done: None)
 
     with pytest.raises(ShardsError, match="bad1"):
-        rebuild(spoil(folder, tmp_path / "images"))
+        rebuild(with_bad_images(folder, tmp_path / "images"))
     assert before.items() <= digests(out).items()
     assert read_index(out)
     rebuild(folder)
@@ -221,7 +217,7 @@ def test_an_earlier_dataset_is_kept_until_the_new_one_is_whole(folder: Path, tmp
     assert read_index(out).scales == (2,)
 
 
-def test_a_full_or_forbidden_disk_is_reported(folder: Path, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ShardsError, match=r"file.*could not be written: "):
         build(folder, tmp_path / "file" / "out")
@@ -231,7 +227,7 @@ def test_a_full_or_forbidden_disk_is_reported(folder: Path, tmp_path: Path) -> N
     ("change", "message"),
     [
         ({"scales": (5,)}, r"scale: expected some of \(2, 3, 4, 8\)"),
-        ({"scales": (), "given_lr": True}, "LR: expected scales for LR that is given, got none"),
+        ({"scales": (), "given_lr": True}, "LR: expected scales for given LR, got none"),
         ({"scales": (4, 2)}, "scale"),
         ({"tile": 60}, "tile: expected a multiple of 16 from 16 to 1024, got 60"),
         ({"tile": 2048}, "tile"),
@@ -244,4 +240,4 @@ def test_bad_recipes(folder: Path, tmp_path: Path, change: dict[str, object], me
 
 
 def test_default_number_of_images_per_shard() -> None:
-    assert [images_per_shard(count) for count in (1, 100, 200, 800, 3450, 85_000)] == [8, 8, 13, 50, 64, 64]
+    assert [default_images_per_shard(count) for count in (1, 100, 200, 800, 3450, 85_000)] == [8, 8, 13, 50, 64, 64]

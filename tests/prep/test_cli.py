@@ -1,4 +1,4 @@
-"""The `prep` command as a user meets it: what it prints, where it writes, how it ends."""
+"""The `prep` command: its output, its default paths, its exit codes."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_sample() -> None:
         (["none", "--scale", 4], 1, "none: expected a folder of images or an image file, got nothing"),
         ([".", "--scale", 5], 2, "--scale: expected some of 2, 3, 4, 8, got 5"),
         ([".", "--scale", 4, "--tile", 60], 1, "tile: expected a multiple of 16"),
-        (["a", "b", "--scale", 4], 2, "--out is required with several sources"),
+        (["a", "b", "--scale", 4], 2, "--out is required with several SOURCEs"),
         (["a", "--sample", "--scale", 4], 2, "--sample takes neither"),
         ([".", "--scale", 4, "--format", "zip"], 2, "zip"),
         ([".", "--scale", 4, "--lr", "nothing"], 1, "nothing: expected a folder"),
@@ -123,12 +123,12 @@ def test_info_needs_a_dataset() -> None:
 
 
 def long_build() -> subprocess.Popen[str]:
-    """A build by two workers that has begun, and takes a while."""
+    """Start a long build with two workers; return once a shard has been started."""
     for i in range(60):
         write_image(Path(f"in/{i}.png"), photograph(600, 600, i % 3))
     command = [sys.executable, "-m", "prep.cli", "build-shards", "in", "--scale", "2", "--scale", "8", "--workers", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    # A shell lets its background jobs, and so all of these tests' children, ignore Ctrl-C.
+    # Background jobs of a shell ignore Ctrl-C, and so would the children of these tests.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed, start_new_session=True
@@ -142,23 +142,23 @@ def long_build() -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("whole_group", [False, True])
-def test_an_interrupted_build_can_be_gone_on_with(number: int, whole_group: bool) -> None:
+def test_an_interrupted_build_can_be_resumed(number: int, whole_group: bool) -> None:
     process = long_build()
     (os.killpg if whole_group else os.kill)(process.pid, number)
-    output = process.communicate(timeout=60)[1]  # returns when the workers, too, have closed stderr
+    output = process.communicate(timeout=60)[1]  # returns once the workers have closed stderr, too
     assert process.returncode == 1
     *state, last = filter(None, output.splitlines())
     assert last == "Aborted!"
     assert len(state) <= 1, output
     if state:
-        assert state[0].endswith("of 8 shards are finished; the same command goes on from there")
+        assert state[0].endswith("of 8 shards are finished; run the same command to resume")
         assert not list(Path("shards/in").glob("*.part"))
         assert not Path("shards/in/index.json").exists()
     else:
         assert not Path("shards/in").exists()
 
 
-def test_a_killed_build_is_no_dataset_and_can_be_run_again() -> None:
+def test_a_killed_build_is_no_dataset_and_can_be_resumed() -> None:
     process = long_build()
     process.kill()
     process.communicate(timeout=60)
@@ -166,14 +166,14 @@ def test_a_killed_build_is_no_dataset_and_can_be_run_again() -> None:
     assert prep("info", "shards/in").exit_code == 1
     other = prep("build-shards", "in", "--scale", 2, "--workers", 2)
     assert other.exit_code == 1
-    assert "scale: 2, 8 there, 2 asked for" in other.output
+    assert "scale: found 2, 8; requested 2" in other.output
     assert prep("build-shards", "in", "--scale", 2, "--scale", 8, "--workers", 2).exit_code == 0
     assert {path.suffix for path in Path("shards/in").iterdir()} == {".json", ".h5"}
     assert not list(Path("shards/in").glob("build*"))
     assert len(read_index(Path("shards/in")).name) == 60
     again = prep("build-shards", "in", "--scale", 2, "--scale", 8)
     assert again.exit_code == 0
-    assert "complete already, and unharmed: 60 images" in again.output
+    assert "already complete; all checksums match: 60 images" in again.output
 
 
 def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,8 +186,8 @@ def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("container", ["hdf5", "raw"])
 @pytest.mark.parametrize("limit", [10_000, 150_000])
-def test_a_disk_that_takes_no_more(folder: Path, container: str, limit: int) -> None:
-    """A limit on the size of files stands in for a full disk: writes fail half-way, and so does closing."""
+def test_a_full_disk(folder: Path, container: str, limit: int) -> None:
+    """A limit on file size stands in for a full disk: writes fail halfway, and so does closing."""
     code = (
         f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         f"from prep.cli import main; main(['build-shards', {str(folder)!r}, '--scale', '2', '--workers', '1', "
@@ -201,7 +201,7 @@ def test_a_disk_that_takes_no_more(folder: Path, container: str, limit: int) -> 
     assert not Path("out").exists()
 
 
-def test_an_error_of_the_system_that_nobody_expected_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_system_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(folder: Path) -> None:
         raise PermissionError(13, "Permission denied", f"{folder}/\x1b[31m")
 
@@ -212,7 +212,7 @@ def test_an_error_of_the_system_that_nobody_expected_is_one_line(monkeypatch: py
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RecursionError("maximum"), OverflowError("too large")])
-def test_what_a_bomb_may_raise_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_resource_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(folder: Path) -> None:
         raise error
 

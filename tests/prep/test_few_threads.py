@@ -1,4 +1,4 @@
-"""Where the system lets a process have fewer threads than it wants (`ulimit -u`, `ulimit -v`)."""
+"""Commands when the system refuses threads (`ulimit -u`, `ulimit -v`)."""
 
 import threading
 from pathlib import Path
@@ -15,7 +15,7 @@ from prep.console.unix import UnixCommand
 
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many threads there may be besides those that there are; to be changed by a test."""
+    """The number of threads that can be started, in a list, for a test to change."""
     start, base, allowed = threading.Thread.start, threading.active_count(), [0]
 
     def limited(self: threading.Thread) -> None:
@@ -24,12 +24,12 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         start(self)
 
     monkeypatch.setattr(threading.Thread, "start", limited)
-    monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)  # it does without its own thread, with a warning
+    monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)  # tqdm warns if its monitor thread cannot start
     return allowed
 
 
 @pytest.mark.parametrize("most", [0, 1, 3, 9])
-def test_how_many_can_be_started(limit: list[int], most: int) -> None:
+def test_startable_threads(limit: list[int], most: int) -> None:
     limit[0] = most
     before = threading.active_count()
     assert startable_threads(5) == min(most, 5)
@@ -37,16 +37,16 @@ def test_how_many_can_be_started(limit: list[int], most: int) -> None:
 
 
 @pytest.mark.parametrize("most", [0, 1, 2])
-def test_verify_goes_on_with_fewer(dataset: Path, folder: Path, limit: list[int], most: int) -> None:
+def test_verify_works_with_fewer_threads(dataset: Path, folder: Path, limit: list[int], most: int) -> None:
     limit[0] = most
     result = CliRunner().invoke(main, ["verify", str(dataset), "--workers", "4", "--source", str(folder)])
     assert result.exit_code == 0, result.output
     assert result.stdout.endswith("everything matches the index and the sources\n")
 
 
-def test_bench_says_what_it_could_not_measure(dataset: Path, limit: list[int]) -> None:
+def test_bench_names_what_it_could_not_measure(dataset: Path, limit: list[int]) -> None:
     words = ["bench", str(dataset), "--lr-patch", "8", "--batch-size", "4", "--seconds", "0.4"]
-    limit[0] = 6  # one asks, two gather, and none is left to read 32 places at once
+    limit[0] = 6  # enough for the reader of one mode, too few for positional reads
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
     assert "io='pread' was not measured: expected room for 36 threads, got 6" in result.output
@@ -57,7 +57,7 @@ def test_bench_says_what_it_could_not_measure(dataset: Path, limit: list[int]) -
     assert "io='pread': expected room for 36 threads, got 0 (see ulimit -u and -v)" in result.output
 
 
-def test_elsewhere_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_thread_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def fail(text: str) -> None:
         raise RuntimeError(text)
 

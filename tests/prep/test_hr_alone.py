@@ -39,7 +39,9 @@ def test_the_same_command_accepts_it_and_another_does_not(alone: Path, folder: P
     before = digests(alone)
     container = read_index(alone).container
     build(folder, alone, scales=(), container=container)
-    with pytest.raises(ShardsError, match=r"scale: none there, 2 asked for\n.*LR: none there, matlab-uint8 with"):
+    with pytest.raises(
+        ShardsError, match=r"scale: found none; requested 2\n.*LR: found none; requested matlab-uint8 with"
+    ):
         build(folder, alone, scales=(2,), container=container)
     assert digests(alone) == before
 

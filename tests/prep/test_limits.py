@@ -1,4 +1,4 @@
-"""Limits of the shell (`ulimit`): a build ends well, or with one line that says what is short. It never hangs."""
+"""Resource limits (`ulimit`): a build succeeds, or ends with one line that names what is short. It never hangs."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Build, digests, photograph, write_image
+from helpers import Build, digests, make_recipe, photograph, write_image
 from helpers import build as typed_build
 
 from loader.errors import ShardsError
@@ -20,10 +20,10 @@ from loader.system.limits import PER_THREAD, affordable_threads
 from loader.system.threads import in_threads
 from prep.build import memory, pool
 from prep.build.memory import Load, fitting_workers
-from prep.shard.shard import Recipe, build_shard
+from prep.shard.shard import build_shard
 
 build: Build = typed_build
-RECIPE = Recipe((2,), "raw", 64, 1, "matlab-uint8", "symmetric")
+RECIPE = make_recipe(scales=(2,), container="raw", images_per_shard=1)
 
 
 @pytest.mark.parametrize("megabytes", [900, 600])
@@ -49,7 +49,7 @@ def test_little_address_space(tmp_path: Path, megabytes: int) -> None:
 
 
 def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All results come, in order, wherever starting ends."""
+    """All results arrive, in order, however few threads can be started."""
     true = threading.Thread.start
     for most in (0, 1, 3):
         started = [0]
@@ -64,7 +64,7 @@ def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None
         assert list(in_threads(lambda n: n * n, range(20), 8)) == [n * n for n in range(20)]
 
 
-def test_no_more_threads_than_there_is_address_space_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_limited_by_address_space(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "address_space", lambda: None)
     assert affordable_threads(16) == 16
     monkeypatch.setattr(limits, "address_space", lambda: 7 * PER_THREAD)
@@ -81,16 +81,16 @@ def test_no_more_threads_than_there_is_address_space_for(monkeypatch: pytest.Mon
 def test_an_image_larger_than_the_address_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "address_space", lambda: 1 << 30)
     with pytest.raises(ShardsError, match=r"expected 2,168 MB of address space .* got 1,074 MB left \(ulimit -v\)"):
-        fitting_workers(1, Load(100_000_000, 0), RECIPE, tmp_path)
+        fitting_workers(1, Load(pixels=100_000_000, file=0), RECIPE, tmp_path)
 
 
-def test_files_count(tmp_path: Path) -> None:
+def test_large_files_need_memory_too(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemAvailable: 2000000 kB\n")
-    assert fitting_workers(4, Load(1000, 0), RECIPE, tmp_path) == 4
-    assert fitting_workers(4, Load(1000, 800 << 20), RECIPE, tmp_path) == 2
+    assert fitting_workers(4, Load(pixels=1000, file=0), RECIPE, tmp_path) == 4
+    assert fitting_workers(4, Load(pixels=1000, file=800 << 20), RECIPE, tmp_path) == 2
     with pytest.raises(ShardsError, match=r"megapixels in a file of 3,000 MB, got 2,048 MB"):
-        fitting_workers(4, Load(1000, 3_000_000_000), RECIPE, tmp_path)
+        fitting_workers(4, Load(pixels=1000, file=3_000_000_000), RECIPE, tmp_path)
 
 
 @pytest.mark.parametrize("most", [0, 1])
@@ -98,7 +98,7 @@ def test_files_count(tmp_path: Path) -> None:
 def test_processes_that_cannot_be_started(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, error: Exception
 ) -> None:
-    """With some, they do the work; with none, one line says why, and nothing about the dataset's folder."""
+    """If some can be started, they build the dataset; if none, one line says why, without blaming the folder."""
     true, started = BaseProcess.start, [0]
 
     def start(process: BaseProcess) -> None:
@@ -120,8 +120,8 @@ def test_processes_that_cannot_be_started(
         assert digests(tmp_path / "out") == digests(build(folder, tmp_path / "undisturbed", images_per_shard=1))
 
 
-def test_memory_that_ends_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no bad image, with --on-error skip either; what is finished stays."""
+def test_running_out_of_memory_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No image is skipped for it; finished shards stay."""
     true, calls = build_shard, [0]
 
     def short(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Arguments that shells leave empty, names of datasets, numbers that are none, and streams that are not there."""
+"""Odd arguments and streams: empty paths, names of datasets, invalid scales, closed and full standard streams."""
 
 import os
 import pty
@@ -37,7 +37,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ["verify", "in", "--source", "in", "--lr", ""],
     ],
 )
-def test_an_empty_path_is_not_the_working_directory(arguments: list[str]) -> None:
+def test_an_empty_path_does_not_mean_the_working_directory(arguments: list[str]) -> None:
     write_image(Path("in/a.png"), photograph(64, 64))
     result = prep(*arguments)
     assert result.exit_code == 2, result.output
@@ -47,13 +47,13 @@ def test_an_empty_path_is_not_the_working_directory(arguments: list[str]) -> Non
 
 @pytest.mark.parametrize("command", [["bench", "."], ["build-shards", "."]])
 @pytest.mark.parametrize("scale", ["0", "-1", "2.0"])
-def test_a_scale_of_nothing_is_no_default(command: list[str], scale: str) -> None:
+def test_an_invalid_scale_does_not_select_the_default(command: list[str], scale: str) -> None:
     result = prep(*command, "--scale", scale)
     assert result.exit_code == 2
     assert "--scale" in result.output
 
 
-def test_a_dataset_has_its_folders_whole_name() -> None:
+def test_a_dataset_is_named_after_the_full_folder_name() -> None:
     for name in ("A.v1", "A.v2"):
         write_image(Path(name, f"{name}-0.png"), photograph(64, 64))
         assert prep("build-shards", name, "--scale", 2, "--workers", 1).exit_code == 0
@@ -66,7 +66,7 @@ def test_a_dataset_has_its_folders_whole_name() -> None:
 
 
 def run(words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """A shell's command line; `prep` in it is the command."""
+    """Run a shell command line that starts `prep`."""
     program = f"{sys.executable} -m prep.cli"
     return subprocess.run(
         ["bash", "-c", words.replace("prep ", f"{program} ", 1)], capture_output=True, text=True, check=False,
@@ -75,18 +75,18 @@ def run(words: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("streams", "workers"), [("2>&-", 2), ("2>/dev/full", 1), ("<&- >&- 2>&-", 1)])
-def test_a_build_does_not_need_its_streams(streams: str, workers: int) -> None:
-    """Closed: no shard gets the number of standard error. Full: what cannot be told is not told."""
+def test_a_build_works_without_standard_streams(streams: str, workers: int) -> None:
+    """If closed, no shard gets the descriptor of standard error. If full, messages are dropped."""
     for i in range(4):
         write_image(Path(f"in/{i}.png"), photograph(64, 64, i))
-    Path("in/link.png").symlink_to("0.png")  # there is something to tell
+    Path("in/link.png").symlink_to("0.png")  # causes a message
     words = f"prep build-shards in --scale 2 --images-per-shard 1 --workers {workers} --out out {streams}"
     assert run(words).returncode == 0
     assert len(read_index(Path("out")).name) == 5
     assert prep("verify", "out", "--source", "in").exit_code == 0
 
 
-def test_information_on_streams_that_take_none() -> None:
+def test_output_to_full_and_broken_streams() -> None:
     write_image(Path("in/a.png"), photograph(64, 64))
     assert run("prep build-shards in --scale 2 --workers 1 --out out").returncode == 0
     for words in ("prep info out", "prep build-shards in --scale 2 --out out"):
@@ -94,12 +94,12 @@ def test_information_on_streams_that_take_none() -> None:
         assert full.returncode == 1
         assert full.stderr == "Error: standard output: No space left on device\n"
         pipe = run(f"set -o pipefail; {words} | true")
-        assert pipe.returncode in (0, 128 + 13)  # it may have been faster than its reader
+        assert pipe.returncode in (0, 128 + 13)  # it may have finished before its reader did
         assert pipe.stderr == ""
 
 
-def test_a_terminal_that_goes_away() -> None:
-    """The bar is no reason to stop."""
+def test_a_terminal_that_disappears() -> None:
+    """The build continues without its progress bar."""
     for i in range(4):
         write_image(Path(f"in/{i}.png"), photograph(64, 64, i))
     ours, theirs = pty.openpty()

@@ -1,4 +1,4 @@
-"""Going on: whatever stopped a build, the same command ends it as if nothing had; another command is refused."""
+"""Resuming: the same command completes an interrupted build to the same bytes; another command is refused."""
 
 import json
 import os
@@ -10,31 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Build, digests, photograph, write_image
+from helpers import Build, digests, make_plan, photograph, write_image
 from helpers import build as typed_build
 
-import prep.build.journal
-import prep.build.terms
+import prep.build.check
+import prep.plan.dataset
 from loader.errors import ShardsError
 from loader.format.index import read_index
-from prep.build.build import Summary, build_dataset, plan_shards
-from prep.build.records import _dump
-from prep.build.staging import BUILD, RECORD
-from prep.images.find import find_images
-from prep.shard.shard import PART, Recipe
+from prep.build.build import Summary, build_dataset
+from prep.sealed import seal
+from prep.workspace.workspace import PART, RECORD, Workspace
 
 build: Build = typed_build
 
 
 @pytest.fixture
 def images(folder: Path, tmp_path: Path) -> Path:
-    """A copy of the images that a test may change."""
+    """A copy of the images, for a test to change."""
     return Path(shutil.copytree(folder, tmp_path / "images"))
 
 
 @pytest.fixture(params=["hdf5", "raw"])
 def one_each(request: pytest.FixtureRequest) -> Build:
-    """`build`, one image to a shard, in each container."""
+    """`build` with one image per shard, in each container."""
 
     def run(source: Path, out: Path, **changes: object) -> Path:
         return build(source, out, **({"container": request.param, "images_per_shard": 1} | changes))
@@ -43,7 +41,7 @@ def one_each(request: pytest.FixtureRequest) -> Build:
 
 
 def stop_after(images: int) -> Callable[[int], None]:
-    """A report that interrupts the build."""
+    """Return a report callback that interrupts the build."""
 
     def report(done: int) -> None:
         if done == images:
@@ -53,14 +51,14 @@ def stop_after(images: int) -> Callable[[int], None]:
 
 
 def unfinished(run: Build, source: Path, out: Path, images: int = 4, **changes: object) -> Path:
-    """A folder in which a build was interrupted when it had done so many images, one shard less."""
+    """Interrupt a build after so many images, with one shard fewer finished; return its folder."""
     with pytest.raises(KeyboardInterrupt):
         run(source, out, report=stop_after(images), **changes)
     return out
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_interrupted_anywhere_and_gone_on_with(one_each: Build, images: Path, tmp_path: Path, workers: int) -> None:
+def test_interrupted_builds_resume(one_each: Build, images: Path, tmp_path: Path, workers: int) -> None:
     expected = digests(one_each(images, tmp_path / "undisturbed"))
     out = tmp_path / "out"
     notes: list[str] = []
@@ -70,9 +68,9 @@ def test_interrupted_anywhere_and_gone_on_with(one_each: Build, images: Path, tm
             one_each(images, out, report=stop_after(images_done), note=notes.append)
         assert not (out / "index.json").exists()
         assert not list(tmp_path.glob(f"out/*{PART}")) + list(tmp_path.glob("out/*.lock"))
-    assert notes[-1] == "3 of 5 shards are finished; the same command goes on from there"
+    assert notes[-1] == "3 of 5 shards are finished; run the same command to resume"
     kept = {path.name: path.stat().st_ino for path in out.glob("shard-0000?.*")}
-    assert len(kept) == 6  # shards and records
+    assert len(kept) == 6  # shards and their records
     one_each(images, out, report=done.append, workers=workers)
     assert digests(out) == expected
     assert all((out / name).stat().st_ino == inode for name, inode in kept.items() if not name.endswith(RECORD))
@@ -100,55 +98,70 @@ def cut(images: Path, out: Path) -> None:
     os.truncate(path, 5000)
 
 
-def lose_shard(images: Path, out: Path) -> None:
+def remove_shard(images: Path, out: Path) -> None:
     (path,) = (path for path in out.glob("shard-00001.*") if path.suffix != RECORD)
     path.unlink()
 
 
-def lose_record(images: Path, out: Path) -> None:
+def remove_record(images: Path, out: Path) -> None:
     next(out.glob("shard-00001.*.json")).unlink()
 
 
-def harm_record(images: Path, out: Path) -> None:
+def corrupt_record(images: Path, out: Path) -> None:
     path = next(out.glob("shard-00001.*.json"))
     path.write_text(path.read_text().replace("131", "130"))
 
 
-def spoil_terms_of_record(images: Path, out: Path) -> None:
-    """A record of another build, whole in itself."""
+def foreign_record(images: Path, out: Path) -> None:
+    """Make the record another build's, with a valid digest."""
     path = next(out.glob("shard-00001.*.json"))
-    path.write_bytes(_dump(json.loads(path.read_bytes().splitlines()[0]) | {"build": "0" * 64}))
+    path.write_bytes(seal(json.loads(path.read_bytes().splitlines()[0]) | {"build": "0" * 64}))
 
 
 @pytest.mark.parametrize(
-    "harm",
-    [replace_image, touch_image, flip_a_byte, cut, lose_shard, lose_record, harm_record, spoil_terms_of_record],
+    "change",
+    [
+        replace_image,
+        touch_image,
+        flip_a_byte,
+        cut,
+        remove_shard,
+        remove_record,
+        corrupt_record,
+        foreign_record,
+    ],
 )
-def test_a_shard_that_changed_or_whose_sources_did_is_built_again(
-    one_each: Build, images: Path, tmp_path: Path, harm: Callable[[Path, Path], None]
+def test_a_shard_is_rebuilt_if_it_or_its_sources_changed(
+    one_each: Build, images: Path, tmp_path: Path, change: Callable[[Path, Path], None]
 ) -> None:
     out = unfinished(one_each, images, tmp_path / "out")
-    harm(images, out)
+    change(images, out)
     expected = digests(one_each(images, tmp_path / "undisturbed"))
     notes: list[str] = []
     one_each(images, out, note=notes.append)
-    assert notes == [f"{out}: 2 of 5 shards were finished before, and are unharmed"]
+    assert notes == [f"{out}: 2 of 5 shards are already finished; all checksums match"]
     assert digests(out) == expected
 
 
 DIFFERENT: list[tuple[dict[str, object], str]] = [
-    ({"scales": (2,)}, "scale: 2, 4 there, 2 asked for"),
-    ({"container": "raw"}, "format: hdf5 there, raw asked for"),
-    ({"tile": 32}, "tile: 64 there, 32 asked for"),
-    ({"images_per_shard": 3}, "images per shard: 1 there, 3 asked for"),
-    ({"resize": "matlab-double"}, "LR: matlab-uint8 with symmetric border there, matlab-double with symmetric border"),
-    ({"border": "replicate"}, "LR: matlab-uint8 with symmetric border there, matlab-uint8 with replicate border"),
-    ({"lr": "lr"}, "LR: matlab-uint8 with symmetric border there, given asked for"),
+    ({"scales": (2,)}, "scale: found 2, 4; requested 2"),
+    ({"container": "raw"}, "format: found hdf5; requested raw"),
+    ({"tile": 32}, "tile: found 64; requested 32"),
+    ({"images_per_shard": 3}, "images per shard: found 1; requested 3"),
+    (
+        {"resize": "matlab-double"},
+        "LR: found matlab-uint8 with symmetric border; requested matlab-double with symmetric border",
+    ),
+    (
+        {"border": "replicate"},
+        "LR: found matlab-uint8 with symmetric border; requested matlab-uint8 with replicate border",
+    ),
+    ({"lr": "lr"}, "LR: found matlab-uint8 with symmetric border; requested given"),
 ]
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_another_command_is_refused_and_differences_are_named(images: Path, tmp_path: Path, complete: bool) -> None:
+def test_another_command_is_refused_with_the_differences(images: Path, tmp_path: Path, complete: bool) -> None:
     def one(source: Path, out: Path, **changes: object) -> Path:
         return build(source, out, **({"images_per_shard": 1} | changes))
 
@@ -178,7 +191,7 @@ def test_another_command_is_refused_and_differences_are_named(images: Path, tmp_
 PICTURES = {"a": (128, 192), "b": (131, 97), "c": (64, 64), "d e": (65, 300), "ü": (200, 71)}
 
 
-def test_given_lr_is_gone_on_with_and_looked_at_again(one_each: Build, images: Path, tmp_path: Path) -> None:
+def test_resuming_with_given_lr_checks_its_files(one_each: Build, images: Path, tmp_path: Path) -> None:
     def give(name: str, seed: int) -> None:
         height, width = (n // 2 for n in PICTURES[name])
         write_image(tmp_path / f"lr/{name}x2.png", photograph(height, width, seed))
@@ -190,29 +203,30 @@ def test_given_lr_is_gone_on_with_and_looked_at_again(one_each: Build, images: P
     give("b", 1)
     notes: list[str] = []
     one_each(images, out, note=notes.append, **options)
-    assert notes == [f"{out}: 2 of 5 shards were finished before, and are unharmed"]
+    assert notes == [f"{out}: 2 of 5 shards are already finished; all checksums match"]
     assert digests(out) == digests(one_each(images, tmp_path / "undisturbed", **options))
-    one_each(images, out, note=notes.append, resize="matlab-double", border="replicate", **options)  # makes no LR
+    options |= {"resize": "matlab-double", "border": "replicate"}  # irrelevant for given LR
+    one_each(images, out, note=notes.append, **options)
     assert notes[1:] == []
-    with pytest.raises(ShardsError, match="LR: given there, matlab-uint8 with symmetric border asked for"):
+    with pytest.raises(ShardsError, match="LR: found given; requested matlab-uint8 with symmetric border"):
         one_each(images, out, scales=(2,))
 
 
-def test_an_unfinished_build_by_another_version_is_refused_a_dataset_is_not(
+def test_another_version_cannot_resume_a_build_but_accepts_a_dataset(
     one_each: Build, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, whole = unfinished(one_each, images, tmp_path / "out"), one_each(images, tmp_path / "whole")
-    monkeypatch.setattr(prep.build.terms, "MADE_BY", "srshards 9.9")
-    with pytest.raises(ShardsError, match=r"made by: srshards .* there, srshards 9.9 asked for"):
+    monkeypatch.setattr(prep.plan.dataset, "MADE_BY", "srshards 9.9")
+    with pytest.raises(ShardsError, match=r"made by: found srshards .*; requested srshards 9.9"):
         one_each(images, out)
-    monkeypatch.setattr(prep.build.build, "MADE_BY", "srshards 9.9")
+    monkeypatch.setattr(prep.build.check, "MADE_BY", "srshards 9.9")
     notes: list[str] = []
     one_each(images, whole, note=notes.append)
     assert re.fullmatch(r".*: made by srshards .*; this is srshards 9.9", notes[-1])
 
 
-def test_what_was_stopped_elsewhere_after_a_bad_image_is_built_again(one_each: Build, tmp_path: Path) -> None:
-    """One shard is finished when a worker meets a bad image, while another has the only image of its shard in work."""
+def test_a_shard_stopped_by_a_bad_image_elsewhere_is_rebuilt(one_each: Build, tmp_path: Path) -> None:
+    """A worker reaches a bad image after one shard is finished, while another decodes the only image of its shard."""
     images = tmp_path / "images"
     for name, size in (("0", (50, 40)), ("1", (400, 500)), ("2", (2000, 1500))):
         write_image(images / f"{name}.png", photograph(*size))
@@ -225,16 +239,17 @@ def test_what_was_stopped_elsewhere_after_a_bad_image_is_built_again(one_each: B
     assert digests(tmp_path / "out") == digests(one_each(images, tmp_path / "undisturbed"))
 
 
-def test_damaged_terms_are_refused(one_each: Build, images: Path, tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_refused(one_each: Build, images: Path, tmp_path: Path) -> None:
     out = unfinished(one_each, images, tmp_path / "out")
-    (out / BUILD).write_text((out / BUILD).read_text().replace("64", "32"))
+    manifest = Workspace(out).manifest
+    manifest.write_text(manifest.read_text().replace("64", "32"))
     with pytest.raises(ShardsError, match="build.json: damaged"):
         one_each(images, out)
     one_each(images, out, overwrite=True)
     assert digests(out) == digests(one_each(images, tmp_path / "undisturbed"))
 
 
-def test_shards_that_lost_their_index_are_not_thrown_away(one_each: Build, images: Path, tmp_path: Path) -> None:
+def test_shards_without_index_are_not_deleted(one_each: Build, images: Path, tmp_path: Path) -> None:
     out = one_each(images, tmp_path / "out")
     expected = digests(out)
     (out / "index.json").unlink()
@@ -244,11 +259,9 @@ def test_shards_that_lost_their_index_are_not_thrown_away(one_each: Build, image
     assert digests(out) == expected
 
 
-def summary(images: Path, out: Path, *, skip_bad: bool = False, **changes: object) -> Summary:
-    options: dict[str, object] = {"container": "raw", "tile": 64, "images_per_shard": 2, "resize": "matlab-uint8"}
-    recipe = Recipe((2, 4), **(options | {"border": "symmetric"} | changes))  # type: ignore[arg-type]
-    plans = plan_shards(find_images([images]), recipe, out)
-    return build_dataset(plans, 2, skip_bad=skip_bad, overwrite=False, report=lambda done: None)
+def summary(images: Path, out: Path, *, skip_bad: bool = False, **changes: Any) -> Summary:
+    plan = make_plan(images, out, container="raw", **changes)
+    return build_dataset(plan, 2, skip_bad=skip_bad, overwrite=False, report=lambda done: None)
 
 
 def test_a_complete_dataset_is_checked(images: Path, tmp_path: Path) -> None:
@@ -266,11 +279,11 @@ def test_a_complete_dataset_is_checked(images: Path, tmp_path: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[123] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(ShardsError, match=r"damaged .*\n.*shard-00001.raw: other bytes than the index records"):
+    with pytest.raises(ShardsError, match=r"damaged .*\n.*shard-00001.raw: its bytes differ from the index"):
         summary(images, out)
 
 
-def test_what_was_left_out_is_remembered(images: Path, tmp_path: Path) -> None:
+def test_skipped_images_are_recorded(images: Path, tmp_path: Path) -> None:
     (images / "bad.png").write_text("no image")
     (images / "worse.png").write_text("no image")
     expected = digests(build(images, tmp_path / "undisturbed", skip_bad=True, images_per_shard=1))
@@ -280,26 +293,25 @@ def test_what_was_left_out_is_remembered(images: Path, tmp_path: Path) -> None:
     build(images, out, skip_bad=True, images_per_shard=1)
     assert digests(out) == expected
     assert [entry["source"] for entry in json.loads((out / "skipped.json").read_text())] == ["bad.png", "worse.png"]
-    recipe = Recipe((2, 4), "hdf5", 64, 1, "matlab-uint8", "symmetric")
-    plans = plan_shards(find_images([images]), recipe, out)
-    again = build_dataset(plans, 1, skip_bad=True, overwrite=False, report=lambda done: None)
+    plan = make_plan(images, out, images_per_shard=1)
+    again = build_dataset(plan, 1, skip_bad=True, overwrite=False, report=lambda done: None)
     assert again.checked
-    assert [bad.source for bad in again.bad] == ["bad.png", "worse.png"]
-    with pytest.raises(ShardsError, match=r"(?s)lacks 2, left out before .*/bad.png: .*/worse.png: "):
+    assert [bad.source for bad in again.skipped] == ["bad.png", "worse.png"]
+    with pytest.raises(ShardsError, match=r"(?s)without 2 skipped images .*/bad.png: .*/worse.png: "):
         build(images, out, images_per_shard=1)
 
 
-def test_a_layout_that_left_out_images_hide(images: Path, tmp_path: Path) -> None:
-    """Shards meant for 3 images, of which one is bad, are not those meant for 2."""
+def test_skipped_images_do_not_hide_another_layout(images: Path, tmp_path: Path) -> None:
+    """Shards planned for 3 images, one of them bad, differ from shards planned for 2."""
     write_image(images / "b.png", photograph(3, 3))
     out = build(images, tmp_path / "out", skip_bad=True, images_per_shard=3)
-    with pytest.raises(ShardsError, match="images per shard: 3 there, 2 asked for"):
+    with pytest.raises(ShardsError, match="images per shard: found 3; requested 2"):
         build(images, out, skip_bad=True, images_per_shard=2)
     build(images, out, skip_bad=True, images_per_shard=3)
 
 
-def test_going_on_without_skipping_or_with_another_limit(images: Path, tmp_path: Path) -> None:
-    """What a shard left out under other rules is looked at again."""
+def test_resuming_without_skipping_or_with_another_limit(images: Path, tmp_path: Path) -> None:
+    """Images skipped under other rules are tried again."""
     out = tmp_path / "out"
     recipe: dict[str, object] = {"images_per_shard": 1}
 
@@ -321,7 +333,9 @@ def test_going_on_without_skipping_or_with_another_limit(images: Path, tmp_path:
     assert digests(out) == expected
 
 
-def test_an_earlier_dataset_stays_whole_until_the_new_one_is(one_each: Build, images: Path, tmp_path: Path) -> None:
+def test_an_earlier_dataset_stays_intact_until_the_new_one_is_complete(
+    one_each: Build, images: Path, tmp_path: Path
+) -> None:
     out = one_each(images, tmp_path / "out", border="replicate")
     before = digests(out)
     expected = digests(one_each(images, tmp_path / "undisturbed"))
@@ -329,19 +343,19 @@ def test_an_earlier_dataset_stays_whole_until_the_new_one_is(one_each: Build, im
         unfinished(one_each, images, out, done, overwrite=True)
         assert before.items() <= digests(out).items()
         notes: list[str] = []
-        one_each(images, out, border="replicate", note=notes.append)  # the earlier one still passes its check
-        assert notes == [f"{out}: beside the dataset there is an unfinished build of another"]
+        one_each(images, out, border="replicate", note=notes.append)  # the earlier dataset still passes its check
+        assert notes == [f"{out}: there is also an unfinished build of another dataset"]
     one_each(images, out, overwrite=True, note=notes.append)
-    assert notes[1:] == [f"{out}: 4 of 5 shards were finished before, and are unharmed"]
+    assert notes[1:] == [f"{out}: 4 of 5 shards are already finished; all checksums match"]
     assert digests(out) == expected
 
 
 class Death(BaseException):
-    """The end of the process, as far as files can tell."""
+    """Stands in for the death of the process: no cleanup follows."""
 
 
-def dies(stop: int, build_it: Callable[[], object]) -> bool:
-    """Build until just before the given change of names in the folder, then change no more of them; whether it came."""
+def dies(stop: int, run: Callable[[], object]) -> bool:
+    """Run a build, and let it die before its `stop`-th rename or removal; return whether it died."""
     counter = count()
 
     def mortal(change: Callable[..., object]) -> Callable[..., object]:
@@ -356,15 +370,15 @@ def dies(stop: int, build_it: Callable[[], object]) -> bool:
         for name in ("rename", "unlink", "rmdir"):
             patch.setattr(Path, name, mortal(getattr(Path, name)))
         try:
-            build_it()
+            run()
         except Death:
             return True
     return False
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-def test_an_end_before_any_change_of_names(earlier: bool, one_each: Build, images: Path, tmp_path: Path) -> None:
-    """No tidying up follows. There is the new dataset, the earlier one or none, and the same command goes on."""
+def test_death_before_any_rename_or_removal(earlier: bool, one_each: Build, images: Path, tmp_path: Path) -> None:
+    """Without any cleanup, the folder holds the new dataset, the earlier one or none, and the same command resumes."""
     for name in ("c.png", "d e.png", "ü.png"):
         (images / name).unlink()
     whole = one_each(images, tmp_path / "undisturbed")
@@ -374,10 +388,10 @@ def test_an_end_before_any_change_of_names(earlier: bool, one_each: Build, image
         out = tmp_path / f"out{stop}"
         if earlier:
             shutil.copytree(old, out)
-        came = dies(stop, lambda out=out: one_each(images, out, overwrite=earlier))  # type: ignore[misc]
+        died = dies(stop, lambda out=out: one_each(images, out, overwrite=earlier))  # type: ignore[misc]
         if (out / "index.json").exists():
             assert read_index(out).sha256 in (digest, read_index(old).sha256 if earlier else digest)
-        if not came:
+        if not died:
             break
         one_each(images, out, overwrite=earlier)
         assert digests(out) == expected, stop

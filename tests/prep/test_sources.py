@@ -257,14 +257,14 @@ def test_failing_storage_in_a_worker(folder: Path, tmp_path: Path) -> None:
     """An error in a worker process is one clear line, and stops all workers."""
     code = (
         "import errno, os, sys\n"
-        "from prep.shard import shard\n"
-        "true = shard.read_file\n"
+        "from prep.shard import planes\n"
+        "true = planes.read_file\n"
         "def dying(path, *rest):\n"
         "    if path.name == 'd e.png':\n"
         "        from prep.images.faults import explain\n"
         "        raise explain(OSError(errno.EIO, os.strerror(errno.EIO)), path)\n"
         "    return true(path, *rest)\n"
-        "shard.read_file = dying\n"
+        "planes.read_file = dying\n"
         "if __name__ == '__main__':\n"
         "    from prep.cli import main; main()\n"
     )

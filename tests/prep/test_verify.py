@@ -21,7 +21,7 @@ from loader.format.index_text import dump_index
 from loader.format.layout import HR, Index, Plane
 from loader.resize.imresize import imresize
 from prep.cli import main
-from prep.shard.checksums import GAP, Span, blocks, check_shard, is_padded, spans
+from prep.shard.checksums import GAP, Segment, blocks, check_shard, is_padded, segments
 from prep.verify.sources import SourceImages
 from prep.verify.verify import _in_threads, check_shards, repair_shards
 
@@ -136,7 +136,7 @@ def test_pipes_and_links_are_not_read(copy: Path, tmp_path: Path) -> None:
 
 def test_damage_between_runs(copy: Path) -> None:
     index = read_index(copy)
-    gap = next(span for span in spans(index, 0) if span.scale == GAP)
+    gap = next(segment for segment in segments(index, 0) if segment.level == GAP)
     path = copy / index.shards[0].file
     damage(path, gap.start + 9)
     lines = verify(copy).stdout.splitlines()
@@ -144,7 +144,7 @@ def test_damage_between_runs(copy: Path) -> None:
     if index.container == "raw":
         assert "between runs: expected zeros, got others" in lines[1]
     else:
-        assert lines[0].endswith("; all its planes are whole")
+        assert lines[0].endswith("; all its planes are intact")
 
 
 @pytest.mark.parametrize("side", ["right", "lower"])
@@ -446,8 +446,8 @@ def test_one_repair_or_build_at_a_time(copy: Path, folder: Path) -> None:
     path, offset = locate(copy, 0, HR)
     damage(path, offset)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom prep.build.lock import locked\n"
-        f"with locked(Path({str(copy)!r}), print):\n    print('taken', flush=True)\n    sys.stdin.read()\n"
+        "import sys\nfrom pathlib import Path\nfrom prep.workspace.workspace import Workspace\n"
+        f"with Workspace(Path({str(copy)!r})).locked(print):\n    print('taken', flush=True)\n    sys.stdin.read()\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]
@@ -478,14 +478,14 @@ def test_blocks_cover_a_shard_without_splitting_tiles(dataset: Path, monkeypatch
     for limit in (1, 5000, 64 * 64 * 3, 40_000, 1 << 20):
         monkeypatch.setattr("prep.shard.checksums.BLOCK", limit)
         for number, shard in enumerate(index.shards):
-            whole = spans(index, number)
+            whole = segments(index, number)
             at = 0
             for block in blocks(whole, sizes):
                 assert len(block) == 1 or block[-1].stop - block[0].start <= limit
                 for piece in block:
                     assert piece.start == at
-                    assert piece.span.start <= piece.start < piece.stop <= piece.span.stop
-                    assert (piece.start - piece.span.start) % sizes[piece.span.scale] == 0
+                    assert piece.segment.start <= piece.start < piece.stop <= piece.segment.stop
+                    assert (piece.start - piece.segment.start) % sizes[piece.segment.level] == 0
                     at = piece.stop
             assert at == shard.bytes
             assert check_shard(dataset, index, number, lambda: None) == []
@@ -520,11 +520,11 @@ def test_interrupt_stops_the_threads(dataset: Path) -> None:
         check_shards(dataset, index, range(3), 2, False, interrupt)
 
 
-def test_spans_without_images(dataset: Path) -> None:
-    """A shard without images is one gap."""
+def test_segments_without_images(dataset: Path) -> None:
+    """A shard that no image refers to is one gap."""
     index = read_index(dataset)
     empty = replace(index, shard=np.zeros_like(index.shard))
-    assert spans(empty, 2) == [Span(0, index.shards[2].bytes, -1, GAP)]
+    assert segments(empty, 2) == [Segment(0, index.shards[2].bytes, -1, GAP)]
 
 
 def test_results_are_in_order() -> None:

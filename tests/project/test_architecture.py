@@ -14,7 +14,7 @@ from loader.errors import ShardsError
 ROOMS = {
     "loader": "errors native | system arguments | format | pixels resize plan epoch | ahead | dataset | stream"
     " | batches stage",
-    "prep": "console images | shard | build | verify bench | imresize | commands | cli",
+    "prep": "console images sealed | plan | shard | workspace | build | verify bench | imresize | commands | cli",
     "model": "config losses metrics device run_log | layers | cpu | shufflemixer | torchfile | checkpoints | enlarge"
     " | evaluate upscale export | training curves",
 }

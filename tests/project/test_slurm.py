@@ -383,7 +383,7 @@ def test_a_build_near_its_time_limit_is_requeued_and_resumes(tmp_path: Path) -> 
         batch.send_signal(signal.SIGUSR1)
         _, errors = batch.communicate(timeout=60)
     assert batch.returncode == 0, errors
-    assert "shards are finished; the same command goes on from there" in errors
+    assert "shards are finished; run the same command to resume" in errors
     assert log.read_text() == "scontrol requeue 7\n"
     assert not (out / "index.json").exists()
     log.unlink()

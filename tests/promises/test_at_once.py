@@ -1,4 +1,4 @@
-"""Several at once: builds into one folder, and readers of a dataset that is being replaced."""
+"""Concurrency: several builds in one folder, and readers of a dataset being replaced."""
 
 import errno
 import fcntl
@@ -16,17 +16,19 @@ import pytest
 from helpers import Build, digests
 from helpers import build as typed_build
 
-import prep.build.lock
+import prep.workspace.lock
 from loader.dataset import PatchDataset
 from loader.errors import FormatError, ShardsError
 from loader.format.index import read_index
-from prep.build.lock import LOCK
+from prep.workspace.lock import LockMode
+from prep.workspace.workspace import Workspace
 
 build: Build = typed_build
+LOCK = Workspace(Path()).lock.name
 
 
 def python(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """Another process, which runs some code with arguments."""
+    """Run code with arguments in another process."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdin=subprocess.PIPE,
@@ -40,13 +42,14 @@ def python(code: str, *arguments: object) -> subprocess.Popen[str]:
 HOLD = """
 import sys
 from pathlib import Path
-from prep.build.lock import locked, share_lock
-if sys.argv[2] == "build":
-    with locked(Path(sys.argv[1]), print):
+from prep.workspace.lock import LockMode
+from prep.workspace.workspace import Workspace
+if sys.argv[2] in ("WHOLE", "PART"):
+    with Workspace(Path(sys.argv[1])).locked(print, LockMode[sys.argv[2]]):
         print("held", flush=True)
         sys.stdin.read()
 else:
-    share_lock(Path(sys.argv[1]))
+    Workspace(Path(sys.argv[1])).join_lock()
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -54,7 +57,7 @@ else:
 
 @contextmanager
 def holder(folder: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds a folder's lock: as a build, or as a worker of one."""
+    """Hold a folder's lock in another process: as a whole build, a part of one, or a worker."""
     with python(HOLD, folder, kind) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
@@ -64,10 +67,10 @@ def holder(folder: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_a_second_build_is_refused_until_the_first_one_ends_in_any_way(folder: Path, tmp_path: Path) -> None:
+def test_a_second_build_is_refused_until_the_first_ends(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    with holder(out, "build") as process:
+    with holder(out, "WHOLE") as process:
         got = rf"process {process.pid} on .+, since \d+-\d+-\d+ .*"
         with pytest.raises(
             ShardsError, match=rf"{re.escape(str(out))}: expected no other build at work there, got {got}"
@@ -80,24 +83,70 @@ def test_a_second_build_is_refused_until_the_first_one_ends_in_any_way(folder: P
     assert digests(out) == digests(build(folder, tmp_path / "undisturbed"))
 
 
-def test_a_build_waits_for_the_workers_of_one_that_was_killed(
+def test_a_build_waits_for_the_workers_of_a_killed_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / LOCK).touch()
     with holder(out, "worker") as process:
-        monkeypatch.setattr(prep.build.lock, "PATIENCE", 0.1)
+        monkeypatch.setattr(prep.workspace.lock, "PATIENCE", 0.1)
         with pytest.raises(ShardsError, match="expected no other build at work there"):
             build(folder, out)
-        monkeypatch.setattr(prep.build.lock, "PATIENCE", 60.0)
+        monkeypatch.setattr(prep.workspace.lock, "PATIENCE", 60.0)
         threading.Timer(0.2, process.kill).start()
         build(folder, out)
         assert process.wait() < 0
     assert not (out / LOCK).exists()
 
 
-def test_where_there_are_no_locks_a_build_goes_on_and_says_so(
+def test_parts_share_the_lock_but_a_whole_build_does_not(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prep.workspace.lock, "PATIENCE", 0.1)
+    out = tmp_path / "out"
+    out.mkdir()
+    workspace = Workspace(out)
+    with holder(out, "PART"), holder(out, "worker"):  # the part's worker: other parts do not wait for it
+        with holder(out, "PART"), workspace.locked(print, LockMode.PART):
+            pass
+        assert workspace.lock.exists()  # another part still holds it
+        with pytest.raises(ShardsError, match="expected no other build at work there, got process"):
+            build(folder, out)
+    with (
+        holder(out, "WHOLE"),
+        pytest.raises(ShardsError, match="expected no other build at work there, got process"),
+        workspace.locked(print, LockMode.PART),
+    ):
+        pass
+    with workspace.locked(print, LockMode.PART):
+        pass
+    assert not workspace.lock.exists()
+    assert digests(build(folder, out)) == digests(build(folder, tmp_path / "undisturbed"))
+
+
+def test_a_part_waits_for_a_whole_build_to_end(tmp_path: Path) -> None:
+    with holder(tmp_path, "WHOLE") as process:
+        threading.Timer(0.2, process.kill).start()
+        with Workspace(tmp_path).locked(print, LockMode.PART):
+            assert process.wait() < 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_part_waits_for_the_workers_of_a_killed_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Workspace(tmp_path).lock.touch()
+    with holder(tmp_path, "worker"):
+        monkeypatch.setattr(prep.workspace.lock, "PATIENCE", 0.1)
+        with (
+            pytest.raises(ShardsError, match="expected no other build at work there"),
+            Workspace(tmp_path).locked(print, LockMode.PART),
+        ):
+            pass
+
+
+def test_without_locks_a_build_continues_with_a_message(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lockf(*_: object) -> None:
@@ -114,14 +163,22 @@ TAKE_TURNS = """
 import os, sys, time
 from pathlib import Path
 from loader.errors import ShardsError
-from prep.build.lock import locked
+from prep.workspace.lock import LockMode
+from prep.workspace.workspace import Workspace
 folder, taken, refused = Path(sys.argv[1]), 0, 0
 (folder.parent / str(os.getpid())).touch()
-while len(list(folder.parent.iterdir())) < 4:  # all begin together
+while len(list(folder.parent.iterdir())) < 4:  # all start together
     time.sleep(0.001)
 while taken < 50:
     try:
-        with locked(folder, print):
+        with Workspace(folder).locked(print, LockMode[sys.argv[2]]):
+            if sys.argv[2] == "PART":
+                (folder / f"part-{os.getpid()}").touch()
+                time.sleep(0.001)
+                (folder / f"part-{os.getpid()}").unlink()
+                taken += 1
+                continue
+            assert not list(folder.glob("part-*"))
             os.close(os.open(folder / "alone", os.O_CREAT | os.O_EXCL))
             time.sleep(0.001)
             os.unlink(folder / "alone")
@@ -132,22 +189,24 @@ print(refused)
 """
 
 
-def test_the_lock_is_held_by_one_though_its_file_comes_and_goes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("modes", ["WHOLE WHOLE WHOLE", "PART PART WHOLE", "PART PART PART"])
+def test_the_lock_excludes_while_its_file_comes_and_goes(tmp_path: Path, modes: str) -> None:
+    """One whole build holds it, or parts only."""
     (tmp_path / "locked").mkdir()
-    processes = [python(TAKE_TURNS, tmp_path / "locked") for _ in range(3)]
+    processes = [python(TAKE_TURNS, tmp_path / "locked", mode) for mode in modes.split()]
     refused = 0
     for process in processes:
         output, errors = process.communicate(timeout=120)
         assert (process.returncode, errors) == (0, "")
         refused += int(output)
-    assert refused
+    assert refused or "PART" in modes
     assert not list((tmp_path / "locked").iterdir())
 
 
 BUILD = "import sys; from prep.cli import main; main(['build-shards', *sys.argv[1:]])"
 
 
-def test_builds_that_race(folder: Path, tmp_path: Path) -> None:
+def test_racing_builds(folder: Path, tmp_path: Path) -> None:
     words = ("--scale", 2, "--scale", 4, "--images-per-shard", 2, "--workers", 2, "--out", tmp_path / "out")
     processes = [python(BUILD, folder, *words) for _ in range(3)]
     ended = [(process.communicate(timeout=120), process.returncode) for process in processes]
@@ -157,12 +216,12 @@ def test_builds_that_race(folder: Path, tmp_path: Path) -> None:
             assert re.search("expected no other build at work there, got (process|one that has just started)", errors)
             assert errors.count("\n") == 1
         else:
-            assert re.match(r".*: (complete already, and unharmed: )?5 images in 3 shards", output), errors
+            assert re.match(r".*: (already complete; all checksums match: )?5 images in 3 shards", output), errors
     assert digests(tmp_path / "out") == digests(build(folder, tmp_path / "undisturbed"))
 
 
-def test_readers_see_the_earlier_dataset_the_new_one_or_none(folder: Path, tmp_path: Path) -> None:
-    """The two have shards of the same names and lengths, and differ in the outermost pixels of LR."""
+def test_readers_see_the_old_dataset_the_new_one_or_none(folder: Path, tmp_path: Path) -> None:
+    """Both have shards of the same names and lengths; only the outermost LR pixels differ."""
     out = tmp_path / "out"
 
     def samples(place: Path) -> str:

@@ -1,6 +1,6 @@
-"""Storage that fails: at every write, sync, open and change of names, at any byte, and when it is really full.
+"""Failing storage: at every write, sync, open and rename, at any byte, and on a full disk.
 
-After each fault there is one message and nothing half-made, and the same command goes on to the same bytes.
+After each fault there is one message and no incomplete dataset, and the same command resumes to the same bytes.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import pytest
 from helpers import Build, digests, photograph, write_image
 from helpers import build as typed_build
 
-import prep.build.affordable
+import prep.build.resources
 from loader.errors import ShardsError
 from loader.format.index import read_index
 
@@ -27,7 +27,7 @@ ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three small images, each larger than those before."""
+    """Three small images, in ascending size."""
     folder = tmp_path_factory.mktemp("few")
     for i, size in enumerate([(64, 64), (130, 70), (99, 201)]):
         write_image(folder / f"{i}.png", photograph(*size, seed=i))
@@ -36,7 +36,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["hdf5", "raw"])
 def one_each(request: pytest.FixtureRequest) -> Build:
-    """`build`, one image to a shard, in each container."""
+    """`build` with one image per shard, in each container."""
 
     def run(source: Path, out: Path, **changes: object) -> Path:
         return build(source, out, **({"container": request.param, "images_per_shard": 1} | changes))
@@ -46,16 +46,16 @@ def one_each(request: pytest.FixtureRequest) -> Build:
 
 @pytest.fixture(scope="module")
 def expected(one_each: Build, images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What an undisturbed build gives."""
+    """The files of an undisturbed build."""
     return digests(one_each(images, tmp_path_factory.mktemp("undisturbed") / "out"))
 
 
 class Storage:
-    """Stands in for the calls that change files, and lets one of them fail.
+    """Stand-in for the system calls that change files; one of them fails.
 
     Args:
-        fail: the number of the call that fails; None: none does.
-        short: write no more than so many bytes at once.
+        fail: the number of the call that fails; None for no failure.
+        short: the most bytes written at once.
     """
 
     def __init__(self, fail: int | None, short: int | None = None) -> None:
@@ -63,7 +63,7 @@ class Storage:
         self._fail, self._short = fail, short
 
     def call(self, name: str) -> None:
-        """Count a call; raise where it is the one."""
+        """Count a call; raise if it is the one to fail."""
         self.calls.append(name)
         if len(self.calls) - 1 == self._fail:
             code = ERRORS[self._fail % len(ERRORS)]
@@ -71,7 +71,7 @@ class Storage:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["Storage"]:
-        """In place of the real one."""
+        """Replace the real calls."""
         storage, open_file, open_descriptor = self, os.open, os.fdopen
 
         class File(io.FileIO):
@@ -111,13 +111,13 @@ class Storage:
         return counted
 
 
-def goes_on(one_each: Build, images: Path, out: Path, expected: dict[str, str], error: ShardsError) -> int:
-    """Hold what is promised after a fault; gives the number of shards that were kept."""
+def resumes(one_each: Build, images: Path, out: Path, expected: dict[str, str], error: ShardsError) -> int:
+    """Check what is promised after a fault; return the number of shards kept."""
     text = str(error)
     assert "could not be written: " in text
     kept = len([path for path in out.glob("shard-*") if path.suffix in (".h5", ".raw")]) if out.exists() else 0
     if not (out / "index.json").exists():
-        state = [f"{kept} of 3 shards are finished; the same command goes on from there"] * bool(kept)
+        state = [f"{kept} of 3 shards are finished; run the same command to resume"] * bool(kept)
         assert text.splitlines()[1:] == state
     assert kept or not out.exists()
     one_each(images, out)
@@ -140,9 +140,9 @@ def test_a_fault_at_every_call(
                 error = caught
         name = storage.calls[number]
         failed[name] = failed.get(name, 0) + 1
-        kept[goes_on(one_each, images, out, expected, error)] += 1
+        kept[resumes(one_each, images, out, expected, error)] += 1
     assert digests(out) == expected
-    assert all(kept), kept  # faults before any shard was finished, and after one, two and all of them
+    assert all(kept), kept  # faults before any shard was finished, and after one, two and all three
     assert failed.keys() >= {"write", "fsync", "open", "rename", "unlink", "pwrite", "mkdir"}
     with capsys.disabled():
         print(f"\n{number} faults, one at each call {failed}; shards kept: {dict(enumerate(kept))}")
@@ -157,7 +157,7 @@ def test_short_writes(one_each: Build, images: Path, tmp_path: Path, expected: d
 
 @contextlib.contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """Any write beyond so many bytes of a file fails, those of C code too; the last before it is short."""
+    """Let any write beyond so many bytes of a file fail, in C code, too; the last one before is short."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -180,7 +180,7 @@ def test_a_fault_at_any_byte(
                 continue
             except ShardsError as caught:
                 error = caught
-        kept[goes_on(one_each, images, out, expected, error)] += 1
+        kept[resumes(one_each, images, out, expected, error)] += 1
     assert kept[0]
     assert kept[1]
     with capsys.disabled():
@@ -193,12 +193,12 @@ def test_a_fault_in_a_worker(
 ) -> None:
     with files_up_to(limit), pytest.raises(ShardsError) as caught:
         one_each(images, tmp_path / "out", workers=2)
-    goes_on(one_each, images, tmp_path / "out", expected, caught.value)
+    resumes(one_each, images, tmp_path / "out", expected, caught.value)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """A file system of a size, in pages, which can be changed; for those who may mount."""
+    """A function that mounts and resizes a small file system, given its pages; skipped if mounting is not permitted."""
     place = tmp_path / "disk"
     place.mkdir()
 
@@ -229,17 +229,18 @@ def test_a_full_disk(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     kept, large = [0] * 4, 1000
-    with pytest.raises(ShardsError, match=r"expected [\d.]+ MB of free space .* got [\d.]+ MB; [\d.]+ MB are missing"):
+    with pytest.raises(ShardsError, match=r"expected [\d.]+ MB of free space .* got [\d.]+ MB; [\d.]+ MB more needed"):
         one_each(images, small_disk(50) / "out")
     assert not (small_disk(50) / "out").exists()
-    monkeypatch.setattr(prep.build.affordable, "need_space", lambda *_: None)  # the others came while we built
+    # From here on the disk fills up after the check.
+    monkeypatch.setattr(prep.build.resources, "check_space", lambda *_: None)
     for pages in range(1, 200, 4):
         out = small_disk(pages) / "out"
         try:
             one_each(images, out)
         except ShardsError as error:
             small_disk(large)
-            kept[goes_on(one_each, images, out, expected, error)] += 1
+            kept[resumes(one_each, images, out, expected, error)] += 1
         assert digests(out) == expected
         for path in out.iterdir():
             path.unlink()

@@ -25,8 +25,8 @@ from loader.format.index_text import dump_index, parse_index
 from loader.format.layout import Index
 from prep.images.decode import decode
 from prep.images.faults import ImageError
-from prep.shard.checksums import GAP, spans
-from prep.shard.hdf5 import check_hdf5_shard
+from prep.shard.checksums import GAP, segments
+from prep.shard.hdf5 import check_hdf5
 
 MAX_PIXELS = 1 << 20  # per image, so that headers cannot claim more memory
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
@@ -81,7 +81,7 @@ def check_index(index: Index) -> None:
         assert shard < following or stop <= start
     for number in range(len(index.shards)):
         if index.shards[number].bytes < 1 << 40:
-            spans(index, number)
+            segments(index, number)
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -174,7 +174,7 @@ def test_hdf5_structure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
     index = read_index(data)
     path = data / index.shards[0].file
     whole = path.read_bytes()
-    gaps = [span for span in spans(index, 0) if span.scale == GAP]
+    gaps = [segment for segment in segments(index, 0) if segment.level == GAP]
 
     def make(rng: random.Random) -> bytes:
         changed = bytearray(whole)
@@ -185,7 +185,7 @@ def test_hdf5_structure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
 
     def attempt(given: bytes) -> str:
         path.write_bytes(given)
-        findings = list(check_hdf5_shard(data, index, 0))
+        findings = list(check_hdf5(data, index, 0))
         assert all(finding.text.startswith(str(path)) for finding in findings)
         return "found" if findings else "not found"
 

@@ -1,4 +1,4 @@
-"""Journals, records, skipped.json and HDF5 link types, changed at random: refused, or taken for what they honestly say.
+"""Random changes to manifests, records, lists of skipped images and HDF5 links: refused, or accepted only if true.
 
 As in tests/test_fuzz.py, input n of a seed is always the same, and `make fuzz` takes minutes.
 """
@@ -14,28 +14,27 @@ import h5py
 import numpy as np
 import pytest
 from fuzzing import EDGES, change_json, fuzz, mutated, refused
-from helpers import build, photograph, write_image
+from helpers import build, make_plan, photograph, write_image
 
 from loader.errors import FormatError
 from loader.format.index import read_index
-from prep.build.build import plan_shards
-from prep.build.journal import Journal, read_terms
-from prep.build.records import _dump, parse_record, parse_terms
-from prep.build.skipped import LIMIT, read_skipped
-from prep.build.staging import BUILD, RECORD, SKIPPED
-from prep.build.terms import differences, terms_of
-from prep.images.find import find_images
-from prep.shard.hdf5 import check_hdf5_shard
-from prep.shard.shard import Recipe, ShardPlan
+from prep.plan.dataset import DatasetPlan
+from prep.plan.manifest import Manifest, differences
+from prep.sealed import seal
+from prep.shard.hdf5 import check_hdf5
+from prep.workspace.record_file import parse_record
+from prep.workspace.skipped import LIMIT
+from prep.workspace.state import Unfinished
+from prep.workspace.workspace import Workspace
 
 WORDS = [*EDGES, b'"', b"[", b"{", b"]", b"}", b",", b":", b"-", b"1e9", b"9" * 5000, b"[" * 3000, b"\\u0000",
          b"null", b"NaN", b"\xff", b'"../x"', b"true", b'"HR"', b'"\\ud800"', b"9223372036854775807"]  # fmt: skip
-Stopped = tuple[Path, list[ShardPlan]]
+Stopped = tuple[Workspace, DatasetPlan]
 
 
 @pytest.fixture(scope="module", params=["hdf5", "raw"])
 def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
-    """A folder in which a build was interrupted with two shards of two images finished, and its plan."""
+    """The workspace of a build interrupted with two shards of two images finished, and its plan."""
     place = tmp_path_factory.mktemp("stopped")
     for i in range(6):
         write_image(place / f"in/{i}.png", photograph(40 + i, 50, i))
@@ -48,8 +47,7 @@ def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     options: dict[str, Any] = {"container": request.param, "tile": 16, "images_per_shard": 2}
     with pytest.raises(KeyboardInterrupt):
         build(place / "in", place / "out", skip_bad=True, report=report, **options)
-    recipe = Recipe((2, 4), resize="matlab-uint8", border="symmetric", **options)
-    return place / "out", plan_shards(find_images([place / "in"]), recipe, place / "out")
+    return Workspace(place / "out"), make_plan(place / "in", place / "out", **options)
 
 
 def sealed(body: bytes) -> bytes:
@@ -57,7 +55,7 @@ def sealed(body: bytes) -> bytes:
 
 
 def changed(text: bytes, rng: random.Random) -> bytes:
-    """JSON with other values, or text with other bytes, most of it under a digest that fits."""
+    """Return JSON with changed values or bytes, mostly with a valid digest."""
     body = text.splitlines()[0]
     if rng.random() < 0.3:
         return mutated(text, rng, WORDS) if rng.random() < 0.2 else sealed(mutated(body, rng, WORDS))
@@ -69,23 +67,22 @@ def changed(text: bytes, rng: random.Random) -> bytes:
 
 
 def test_records(stopped: Stopped, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """What is found again is what was recorded; everything else is built anew."""
-    out, plans = stopped
-    journal = Journal(out, terms_of(plans))
-    honest = {plan.number: journal.find(plan) for plan in plans[:2]}
-    assert all(honest.values())
-    paths = {plan.number: out / (plan.file + RECORD) for plan in plans[:2]}
-    texts = {number: path.read_bytes() for number, path in paths.items()}
+    """A record that is accepted says what was recorded; all others are ignored."""
+    workspace, plan = stopped
+    honest = [workspace.find(plan, shard) for shard in plan.shards[:2]]
+    assert all(honest)
+    paths = [workspace.record(shard.file) for shard in plan.shards[:2]]
+    texts = [path.read_bytes() for path in paths]
 
     def make(rng: random.Random) -> tuple[int, bytes]:
         number = rng.randrange(2)
         return number, changed(texts[number], rng)
 
-    def meet(given: tuple[int, bytes]) -> str:
+    def attempt(given: tuple[int, bytes]) -> str:
         number, text = given
         paths[number].write_bytes(text)
         try:
-            found = journal.find(plans[number])
+            found = workspace.find(plan, plan.shards[number])
         finally:
             paths[number].write_bytes(texts[number])
         try:
@@ -94,43 +91,45 @@ def test_records(stopped: Stopped, tmp_path: Path, capfd: pytest.CaptureFixture[
             assert found is None
             return refused(error, "record")
         if found is None:
-            return "not believed"
+            return "ignored"
         record = honest[number]
         assert record is not None
-        # Who may write a record may say why an image is bad, and nobody checks it; the rest follows from the shard.
-        assert [bad.image for bad in found.bad] == [bad.image for bad in record.bad]
+        # Only the reason for skipping an image is free; everything else follows from the shard and the plan.
+        assert [image.image for image in found.skipped] == [image.image for image in record.skipped]
         assert [image.name for image in found.images] == [image.name for image in record.images]
         assert found.shard == record.shard
         assert [{s: (r.offset, r.crc32, r.source) for s, r in image.runs.items()} for image in found.images] == [
             {s: (r.offset, r.crc32, r.source) for s, r in image.runs.items()} for image in record.images
         ]
-        return "taken"
+        return "accepted"
 
-    told = fuzz(f"records ({plans[0].recipe.container})", make, meet, capfd)
-    assert told["refused"]
-    assert told["not believed"]
+    outcomes = fuzz(f"records ({plan.recipe.container})", make, attempt, capfd)
+    assert outcomes["refused"]
+    assert outcomes["ignored"]
 
 
-def test_terms(stopped: Stopped, capfd: pytest.CaptureFixture[str]) -> None:
-    out, plans = stopped
-    terms = terms_of(plans)
-    text = (out / BUILD).read_bytes()
-    assert read_terms(out, terms) == terms
+def test_manifests(stopped: Stopped, capfd: pytest.CaptureFixture[str]) -> None:
+    workspace, plan = stopped
+    manifest, where = plan.manifest, workspace.manifest.name
+    text = workspace.manifest.read_bytes()
+    assert workspace.state(manifest) == Unfinished()
+    assert Manifest.parse(text, where) == manifest
 
-    def meet(given: bytes) -> str:
+    def attempt(given: bytes) -> str:
         try:
-            found = parse_terms(given, BUILD)
+            found = Manifest.parse(given, where)
         except FormatError as error:
-            return refused(error, BUILD)
-        assert all(line.isprintable() and len(line) < 2500 for line in differences(terms, found, versions=True))
-        return "taken"
+            return refused(error, where)
+        assert all(line.isprintable() and len(line) < 2500 for line in differences(manifest, found, versions=True))
+        return "accepted"
 
-    assert fuzz("terms", lambda rng: changed(text, rng), meet, capfd)["refused"]
+    assert fuzz("manifests", lambda rng: changed(text, rng), attempt, capfd)["refused"]
 
 
 def test_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     entries = [{"image": f"{i}", "source": f"in/{i}.png", "reason": "expected an image, got none"} for i in range(3)]
-    path = tmp_path / SKIPPED
+    workspace = Workspace(tmp_path)
+    path = workspace.skipped
 
     def make(rng: random.Random) -> bytes:
         top = {"entries": json.loads(json.dumps(entries))}
@@ -138,29 +137,29 @@ def test_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         text = json.dumps(top.get("entries")).encode()
         return mutated(text, rng, WORDS) if rng.random() < 0.5 else text
 
-    def meet(given: bytes) -> str:
+    def attempt(given: bytes) -> str:
         path.write_bytes(given)
         try:
-            found = read_skipped(tmp_path)
+            found = workspace.read_skipped()
         except FormatError as error:
             return refused(error, str(path))
         assert all(type(value) is str for bad in found for value in vars(bad).values())
         assert all(not bad.source.startswith("/") and ".." not in bad.source.split("/") for bad in found)
-        return "taken" if found else "refused"
+        return "accepted" if found else "refused"
 
-    told = fuzz("skipped.json", make, meet, capfd)
-    assert told["taken"]
-    assert told["refused"]
+    outcomes = fuzz("skipped.json", make, attempt, capfd)
+    assert outcomes["accepted"]
+    assert outcomes["refused"]
     with path.open("wb") as file:
         file.truncate(LIMIT + 1)
     try:
-        assert read_skipped(tmp_path) == []
+        assert workspace.read_skipped() == []
     except FormatError as error:
         refused(error, str(path))
 
 
 def test_hdf5_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Names in a shard replaced by links and objects of every kind, at random places: told, and nothing is opened."""
+    """Names in a shard replaced by links and objects of every kind: reported, and nothing else is opened."""
     for i in range(4):
         write_image(tmp_path / f"in/{i}.png", photograph(20, 20, i))
     data = build(tmp_path / "in", tmp_path / "out", images_per_shard=30, tile=16)
@@ -173,7 +172,7 @@ def test_hdf5_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
                 other[f"{plane}/{i}"] = np.zeros((7, 7), np.uint8)
     names = ["HR", "LR_bicubic", "LR_bicubic/X2", *(f"{plane}/{i}" for plane in ("HR", "LR_bicubic/X4") for i in "012")]
 
-    def meet(rng: random.Random) -> str:
+    def attempt(rng: random.Random) -> str:
         shutil.copyfile(whole, path)
         name = rng.choice(names)
         kind = rng.choice(["soft", "cycle", "external", "own name", "virtual", "stored", "type", "group", "hard"])
@@ -201,17 +200,17 @@ def test_hdf5_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
                     file.create_group(name)
                 case _:
                     file[name] = file["/"]
-        findings = list(check_hdf5_shard(data, index, 0))
+        findings = list(check_hdf5(data, index, 0))
         assert findings, (name, kind)
         assert all("(7, 7" not in finding.text for finding in findings)
         return kind
 
-    told = fuzz("HDF5 links", lambda rng: rng, meet, capfd)
-    assert sum(told.values()) >= 20
+    outcomes = fuzz("HDF5 links", lambda rng: rng, attempt, capfd)
+    assert sum(outcomes.values()) >= 20
 
 
 def test_dump_and_parse_agree(stopped: Stopped) -> None:
-    out, plans = stopped
-    for plan in plans[:2]:
-        text = (out / (plan.file + RECORD)).read_bytes()
-        assert _dump(json.loads(text.splitlines()[0])) == text
+    workspace, plan = stopped
+    for shard in plan.shards[:2]:
+        text = workspace.record(shard.file).read_bytes()
+        assert seal(json.loads(text.splitlines()[0])) == text

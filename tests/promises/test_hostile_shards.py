@@ -27,7 +27,7 @@ from loader.format.index_text import dump_index
 from loader.format.layout import HR, Index
 from prep.cli import main
 from prep.shard.checksums import HOLE, _sparse, check_shard
-from prep.shard.hdf5 import check_hdf5_shard
+from prep.shard.hdf5 import check_hdf5
 
 PRIVATE = "private facts"
 
@@ -310,7 +310,7 @@ def test_shard_replaced_by_a_pipe_after_opening(hdf5: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(prep.shard.hdf5, "open_member", open_and_replace)
     with watchdog():
-        findings = list(check_hdf5_shard(hdf5, index, 0))
+        findings = list(check_hdf5(hdf5, index, 0))
     assert all("cannot be opened" in finding.text for finding in findings)
     assert path.is_fifo()
 

@@ -1,4 +1,4 @@
-"""Builds that are killed at any moment: what is there afterwards is plainly unfinished, and can be gone on with."""
+"""Builds killed at any moment: they leave no dataset, and the same command resumes them to the same bytes."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ WORDS = ("--scale", "2", "--scale", "8", "--resize", "matlab-double", "--images-
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images that take a while."""
+    """Images that take a while to process."""
     folder = tmp_path_factory.mktemp("many")
     for i in range(12):
         write_image(folder / f"{i:02}.png", photograph(500, 400, i))
@@ -31,13 +31,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["hdf5", "raw"])
 def container(request: pytest.FixtureRequest) -> str:
-    """Each kind of shards."""
+    """Each container."""
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(images: Path, container: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], float]:
-    """What an undisturbed build gives, and the seconds that it takes for a shard."""
+    """The files of an undisturbed build, and its seconds per shard."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     start = time.monotonic()
     assert end(begin(images, out, container))[0] == 0
@@ -45,7 +45,7 @@ def undisturbed(images: Path, container: str, tmp_path_factory: pytest.TempPathF
 
 
 def begin(images: Path, out: Path, container: str, *words: str) -> subprocess.Popen[str]:
-    """A build, in a group of processes of its own."""
+    """Start a build in its own process group."""
     command = [sys.executable, "-m", "prep.cli", "build-shards", str(images), *WORDS, "--format", container, *words]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
@@ -59,23 +59,23 @@ def begin(images: Path, out: Path, container: str, *words: str) -> subprocess.Po
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and stderr, when all processes that share it, workers too, have ended."""
+    """Return exit code and stderr once all processes that share it have ended, workers included."""
     errors = process.communicate(timeout=120)[1]
     return process.returncode, errors
 
 
 def shards(out: Path) -> int:
-    """How many shards have a record."""
+    """Return how many shards have a record."""
     return len(list(out.glob("shard-*.json")))
 
 
-def kill_and_go_on(
+def kill_and_resume(
     images: Path, out: Path, container: str, undisturbed: tuple[dict[str, str], float], draw: random.Random, group: bool
 ) -> str:
-    """Kill a build at a random moment, and once more now and then; hold that the last run gives the same bytes.
+    """Kill a build at a random moment, sometimes twice; check that the last run ends with the same bytes.
 
-    The moment is some time after so many shards have their record; or from the start on, before there are workers.
-    Gives the stage that the first kill met.
+    The moment is a random time after a random number of records has appeared, or after the start, before any worker
+    exists. Return the stage at which the first kill came.
     """
     expected, pause = undisturbed
     stage, killed = "", []
@@ -86,19 +86,18 @@ def kill_and_go_on(
         while process.poll() is None and shards(out) < moment:
             time.sleep(0.002)
         time.sleep(draw.random() * (pause if moment >= 0 else 10 * pause))
-        with contextlib.suppress(ProcessLookupError):  # it has ended
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
             (os.killpg if group else os.kill)(process.pid, signal.SIGKILL)
         try:
             read_index(out)
-            whole = True
+            now = "complete"
         except ShardsError:
-            whole = False
-        met = "complete" if whole else f"{shards(out):2} of 12 shards" if (out / "build.json").exists() else "not begun"
-        stage = stage or met
-    # Workers of a parent that was killed alone may still be ending: the next build waits for them.
+            now = f"{shards(out):2} of 12 shards" if (out / "build.json").exists() else "not begun"
+        stage = stage or now
+    # If only the parent was killed, its workers may still be ending: the next build waits for them.
     code, errors = end(begin(images, out, container))
     assert code == 0, errors
-    assert re.fullmatch(r"(.*\d+ of 12 shards were finished before, and are unharmed\n)?", errors), errors
+    assert re.fullmatch(r"(.*\d+ of 12 shards are already finished; all checksums match\n)?", errors), errors
     for process in killed:
         end(process)
     assert digests(out) == expected
@@ -109,13 +108,13 @@ def kill_and_go_on(
 def test_a_kill(
     images: Path, container: str, undisturbed: tuple[dict[str, str], float], tmp_path: Path, group: bool
 ) -> None:
-    kill_and_go_on(images, tmp_path / "out", container, undisturbed, random.Random(group), group)
+    kill_and_resume(images, tmp_path / "out", container, undisturbed, random.Random(group), group)
 
 
 def test_a_worker_is_killed(
     images: Path, container: str, undisturbed: tuple[dict[str, str], float], tmp_path: Path
 ) -> None:
-    """As the kernel does where memory is short."""
+    """As the Linux kernel does when memory is short."""
     out = tmp_path / "out"
     process = begin(images, out, container)
     while process.poll() is None and not shards(out):
@@ -126,8 +125,8 @@ def test_a_worker_is_killed(
     os.kill(workers[0], signal.SIGKILL)
     code, errors = end(process)
     assert code == 1
-    assert "to end well, got exit code -9; perhaps memory was short: try fewer --workers" in errors
-    assert "of 12 shards are finished; the same command goes on from there" in errors
+    assert "its worker process to succeed, got exit code -9; if memory was short, try fewer --workers" in errors
+    assert "of 12 shards are finished; run the same command to resume" in errors
     assert errors.count("\n") == 2
     assert end(begin(images, out, container))[0] == 0
     assert digests(out) == undisturbed[0]
@@ -146,13 +145,11 @@ def test_many_kills(
     for trial in range(30):
         group = trial % 2 == 0
         out = tmp_path / str(trial)
-        stages[group][kill_and_go_on(images, out, container, undisturbed, draw, group)] += 1
+        stages[group][kill_and_resume(images, out, container, undisturbed, draw, group)] += 1
     unfinished = sum(count for seen in stages.values() for stage, count in seen.items() if "of 12" in stage)
     assert unfinished >= 10
     with capsys.disabled():
         for group, seen in stages.items():
             what = "the group" if group else "the parent alone"
-            print(
-                f"\n{container}: SIGKILL of {what}, {sum(seen.values())} builds, each gone on with to the same bytes;"
-            )
-            print("  met: " + ", ".join(f"{stage} ×{number}" for stage, number in sorted(seen.items())))
+            print(f"\n{container}: SIGKILL of {what}, {sum(seen.values())} builds, each resumed to the same bytes;")
+            print("  at: " + ", ".join(f"{stage} ×{number}" for stage, number in sorted(seen.items())))

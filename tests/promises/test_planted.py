@@ -1,6 +1,6 @@
-"""What another user may have put into the folder of a build: links, pipes, second names, records of their own making.
+"""Files planted in a build's folder by another user: links, pipes, hard links, forged records.
 
-Nothing outside the folder is touched, nothing is waited for, and nothing planted becomes part of the dataset.
+Nothing outside the folder is touched, nothing blocks, and nothing planted becomes part of the dataset.
 """
 
 import hashlib
@@ -21,26 +21,26 @@ from helpers import Build, digests, photograph, write_image
 from helpers import build as typed_build
 
 import loader.system.safefile
-import prep.build.trust
+import prep.workspace.trust
 from loader.errors import FormatError, ShardsError
 from loader.format.index import read_index
 from loader.system.safefile import UnsafeFileError, open_own
-from prep.build.commit import commit
-from prep.build.lock import LOCK, locked
-from prep.build.records import _dump
-from prep.build.staging import BUILD, RECORD, SKIPPED
-from prep.build.trust import others_who_can_write
 from prep.cli import main
-from prep.shard.shard import PART
+from prep.sealed import seal
 from prep.shard.writers import open_writer
+from prep.workspace.trust import other_writers
+from prep.workspace.workspace import PART, RECORD, Workspace
 
 build: Build = typed_build
+BUILD, LOCK, SKIPPED = (
+    path.name for path in (Workspace(Path()).manifest, Workspace(Path()).lock, Workspace(Path()).skipped)
+)
 PRECIOUS = b"of somebody else, and not to be touched"
 
 
 @pytest.fixture
 def victim(tmp_path: Path) -> Path:
-    """A file beside the folder."""
+    """A file outside the folder."""
     path = tmp_path / "victim"
     path.write_bytes(PRECIOUS)
     return path
@@ -55,7 +55,7 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["hdf5", "raw"])
 def one_each(request: pytest.FixtureRequest) -> Build:
-    """`build`, one image to a shard, in each container."""
+    """`build` with one image per shard, in each container."""
 
     def run(source: Path, out: Path, **changes: object) -> Path:
         return build(source, out, **({"container": request.param, "images_per_shard": 1} | changes))
@@ -64,7 +64,7 @@ def one_each(request: pytest.FixtureRequest) -> Build:
 
 
 def stopped(run: Build, source: Path, out: Path) -> Path:
-    """A folder in which a build was interrupted, with three shards finished."""
+    """Interrupt a build with three shards finished; return its folder."""
 
     def report(done: int) -> None:
         if done == 4:
@@ -76,7 +76,7 @@ def stopped(run: Build, source: Path, out: Path) -> Path:
 
 
 def plant(path: Path, kind: str, victim: Path) -> None:
-    """Put something in the place of a file."""
+    """Replace a file by something else."""
     path.unlink(missing_ok=True)
     match kind:
         case "link":
@@ -101,25 +101,25 @@ def plant(path: Path, kind: str, victim: Path) -> None:
 KINDS = ["link", "dangling link", "link to a device", "second name", "pipe", "folder", "sparse file", "deep JSON"]
 
 
-def unharmed(victim: Path) -> None:
+def check_untouched(victim: Path) -> None:
     assert victim.read_bytes() == PRECIOUS
     assert not victim.with_name("made").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_lock(folder: Path, out: Path, victim: Path, kind: str) -> None:
-    """It was followed, and its target truncated; by verify --repair, too."""
+def test_planted_lock_files(folder: Path, out: Path, victim: Path, kind: str) -> None:
+    """Once, the link was followed and its target truncated; by verify --repair, too."""
     plant(out / LOCK, kind, victim)
     with pytest.raises(ShardsError, match=rf"{LOCK}: expected a lock file, got ") as caught:
         build(folder, out)
     assert "\n" not in str(caught.value)
-    unharmed(victim)
-    with pytest.raises(ShardsError), locked(out, print):
+    check_untouched(victim)
+    with pytest.raises(ShardsError), Workspace(out).locked(print):
         pass
-    assert os.path.lexists(out / LOCK)  # it is not ours to remove
+    assert os.path.lexists(out / LOCK)  # not ours to remove
 
 
-def test_the_lock_of_a_repair(dataset: Path, folder: Path, tmp_path: Path, victim: Path) -> None:
+def test_planted_lock_files_stop_a_repair(dataset: Path, folder: Path, tmp_path: Path, victim: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(dataset, data)
     shard = min(data.glob("shard-*"))
@@ -128,20 +128,20 @@ def test_the_lock_of_a_repair(dataset: Path, folder: Path, tmp_path: Path, victi
     result = CliRunner().invoke(main, ["verify", str(data), "--repair", "--source", str(folder)])
     assert result.exit_code == 1
     assert f"{data / LOCK}: expected a lock file, got a link" in result.stderr
-    unharmed(victim)
+    check_untouched(victim)
     assert shard.stat().st_size == 5000
 
 
-def test_a_lock_that_was_replaced_is_left_alone(out: Path, victim: Path) -> None:
-    with locked(out, print):
+def test_a_replaced_lock_file_is_left_alone(out: Path, victim: Path) -> None:
+    with Workspace(out).locked(print):
         (out / LOCK).unlink()
         (out / LOCK).symlink_to(victim)
     assert (out / LOCK).is_symlink()
-    unharmed(victim)
+    check_untouched(victim)
 
 
-def test_the_text_of_a_lock_is_escaped(out: Path) -> None:
-    """Whoever holds it wrote that text: it may hold escape sequences, and nest without end."""
+def test_the_text_of_a_lock_file_is_escaped(out: Path) -> None:
+    """Its holder wrote it: it may contain escape sequences, or deeply nested JSON."""
     text = json.dumps({"pid": 1, "host": "\x1b]0;owned\x07\n", "since": "\u202e" + "x" * 900})
     code = (
         "import fcntl, os, sys\n"
@@ -154,7 +154,7 @@ def test_the_text_of_a_lock_is_escaped(out: Path) -> None:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
             expected = "expected no other build at work there, got "
-            with pytest.raises(ShardsError, match=expected) as caught, locked(out, print):
+            with pytest.raises(ShardsError, match=expected) as caught, Workspace(out).locked(print):
                 pass
             holder.communicate(timeout=60)
         assert str(caught.value).isprintable()
@@ -164,10 +164,10 @@ def test_the_text_of_a_lock_is_escaped(out: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [BUILD, "shard-00001" + RECORD, "shard-00001"])
-def test_what_lies_in_place_of_the_journal(
+def test_planted_manifests_records_and_shards(
     one_each: Build, folder: Path, tmp_path: Path, victim: Path, kind: str, name: str
 ) -> None:
-    """As build.json, as a record, as a shard: the build ends, or says what is in its way; then it ends without that."""
+    """The build succeeds, or names what is in its way, and succeeds once that is removed."""
     out = stopped(one_each, folder, tmp_path / "out")
     (shard,) = (path for path in out.glob("shard-00001.*") if path.suffix != RECORD)
     path = {BUILD: out / BUILD, "shard-00001": shard}.get(name, shard.with_name(shard.name + RECORD))
@@ -182,19 +182,19 @@ def test_what_lies_in_place_of_the_journal(
             assert "could not be written: Is a directory" in text or name == BUILD
         one_each(folder, out, overwrite=name == BUILD)
     assert digests(out) == digests(one_each(folder, tmp_path / "undisturbed"))
-    unharmed(victim)
+    check_untouched(victim)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "folder"])
 @pytest.mark.parametrize("name", [BUILD, "index.json", "shard-00000.h5.json", "shard-00000.h5"])
-def test_staged_names(folder: Path, out: Path, tmp_path: Path, victim: Path, kind: str, name: str) -> None:
+def test_planted_staged_files(folder: Path, out: Path, tmp_path: Path, victim: Path, kind: str, name: str) -> None:
     plant(out / (name + PART), kind, victim)
     build(folder, out)
-    unharmed(victim)
+    check_untouched(victim)
     assert digests(out) == digests(build(folder, tmp_path / "undisturbed"))
 
 
-def test_a_folder_in_place_of_a_staged_name_is_told(folder: Path, out: Path) -> None:
+def test_a_folder_in_place_of_a_staged_file_is_reported(folder: Path, out: Path) -> None:
     (out / "shard-00001.h5.part").mkdir()
     with pytest.raises(ShardsError, match="shard-00001.h5.part: could not be written: Is a directory"):
         build(folder, out)
@@ -202,8 +202,8 @@ def test_a_folder_in_place_of_a_staged_name_is_told(folder: Path, out: Path) -> 
     build(folder, out)
 
 
-def test_an_earlier_dataset_outlives_what_cannot_be_removed(folder: Path, tmp_path: Path) -> None:
-    """A folder with a shard's name: the old index must not go before that is known."""
+def test_an_earlier_dataset_survives_a_failed_commit(folder: Path, tmp_path: Path) -> None:
+    """A folder with a shard's name is found before the old index is removed."""
     out = build(folder, tmp_path / "out")
     before = digests(out)
     (out / "shard-00077.h5").mkdir()
@@ -216,16 +216,16 @@ def test_an_earlier_dataset_outlives_what_cannot_be_removed(folder: Path, tmp_pa
 
 @pytest.mark.parametrize("container", ["hdf5", "raw"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_writers_make_new_files_only(out: Path, victim: Path, container: str, kind: str) -> None:
+def test_writers_create_new_files_only(out: Path, victim: Path, container: str, kind: str) -> None:
     path = out / "shard.part"
     plant(path, kind, victim)
     with pytest.raises(FileExistsError):
         open_writer(container, path, (2,), 3072)
-    unharmed(victim)
+    check_untouched(victim)
 
 
-def test_a_name_that_changes_while_a_shard_is_written(out: Path, victim: Path) -> None:
-    """The end of a failed HDF5 file, truncation, is of the file that was made, and not of what has its name."""
+def test_a_file_replaced_while_a_shard_is_written(out: Path, victim: Path) -> None:
+    """A failed HDF5 file is truncated, and not the file that took its name."""
     path = out / "shard.part"
 
     def interrupted() -> None:
@@ -236,7 +236,7 @@ def test_a_name_that_changes_while_a_shard_is_written(out: Path, victim: Path) -
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    unharmed(victim)
+    check_untouched(victim)
 
 
 Facts = dict[str, Any]
@@ -294,8 +294,8 @@ def by_position(facts: Facts) -> None:
     facts["images"][0] = list(facts["images"][0].values())
 
 
-def left_out(facts: Facts) -> None:
-    facts["bad"] = [{"image": facts["images"].pop()["name"], "source": "b.png", "reason": "no reason"}]
+def skipped_image(facts: Facts) -> None:
+    facts["skipped"] = [{"image": facts["images"].pop()["name"], "source": "b.png", "reason": "no reason"}]
     del facts["shard"]
 
 
@@ -312,30 +312,31 @@ def no_stamps(facts: Facts) -> None:
 
 
 LIES = [outside, another_image, another_source, another_size, one_plane_less, one_plane_more, overlapping, beyond,
-        endless, a_sum_that_wraps, floats, truths, by_position, left_out, twice, made_elsewhere, no_stamps]  # fmt: skip
+        endless, a_sum_that_wraps, floats, truths, by_position, skipped_image, twice, made_elsewhere,
+        no_stamps]  # fmt: skip
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_record_that_does_not_fit_the_plan(
+def test_records_that_contradict_the_plan(
     one_each: Build, folder: Path, tmp_path: Path, lie: Callable[[Facts], None]
 ) -> None:
-    """It is whole, of this build, and says something else: the shard is built anew."""
+    """A record of this build with a valid digest, but false content: the shard is rebuilt."""
     (tmp_path / "outside").write_bytes(PRECIOUS)
     out = stopped(one_each, folder, tmp_path / "out")
     path = next(out.glob("shard-00001.*.json"))
     facts = json.loads(path.read_bytes().splitlines()[0])
     lie(facts)
-    path.write_bytes(_dump(facts))
+    path.write_bytes(seal(facts))
     notes: list[str] = []
-    one_each(folder, out, note=notes.append, skip_bad=lie is left_out)
-    if lie is not left_out:  # who may write there can say that an image is bad; nobody else can: see below
-        assert notes == [f"{out}: 2 of 5 shards were finished before, and are unharmed"]
+    one_each(folder, out, note=notes.append, skip_bad=lie is skipped_image)
+    if lie is not skipped_image:  # whoever can write here can also call an image bad
+        assert notes == [f"{out}: 2 of 5 shards are already finished; all checksums match"]
         assert digests(out) == digests(one_each(folder, tmp_path / "undisturbed"))
     assert (tmp_path / "outside").read_bytes() == PRECIOUS
 
 
 def forged(out: Path, change: Callable[[bytearray, Facts], None]) -> None:
-    """Change a finished shard and make its record agree: length, digest, and checksums of runs."""
+    """Change a finished shard and update its record: length, digest, and checksums of tile runs."""
     import zlib
 
     record = next(out.glob("shard-00001.*.json"))
@@ -350,7 +351,7 @@ def forged(out: Path, change: Callable[[bytearray, Facts], None]) -> None:
         rows, cols = (-(-(image[key] // scale) // side) for key in ("height", "width"))
         run["crc32"] = zlib.crc32(data[run["offset"] : run["offset"] + rows * cols * side * side * 3])
     facts["shard"] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    record.write_bytes(_dump(facts))
+    record.write_bytes(seal(facts))
 
 
 def padding(data: bytearray, facts: Facts) -> None:
@@ -358,7 +359,7 @@ def padding(data: bytearray, facts: Facts) -> None:
 
 
 def not_hdf5(data: bytearray, facts: Facts) -> None:
-    data[0] ^= 1  # or, of a raw shard, a pixel: that is what only --source can tell
+    data[0] ^= 1  # in a raw shard, a pixel: only --source can detect that
 
 
 def room_for_more(data: bytearray, facts: Facts) -> None:
@@ -366,7 +367,7 @@ def room_for_more(data: bytearray, facts: Facts) -> None:
 
 
 @pytest.mark.parametrize("change", [padding, not_hdf5, room_for_more])
-def test_a_shard_that_agrees_with_its_record_only(
+def test_forged_shards_with_matching_records(
     one_each: Build, folder: Path, tmp_path: Path, change: Callable[[bytearray, Facts], None]
 ) -> None:
     out = stopped(one_each, folder, tmp_path / "out")
@@ -375,25 +376,25 @@ def test_a_shard_that_agrees_with_its_record_only(
     notes: list[str] = []
     one_each(folder, out, note=notes.append)
     if not (change is not_hdf5 and raw):
-        assert notes == [f"{out}: 2 of 5 shards were finished before, and are unharmed"]
+        assert notes == [f"{out}: 2 of 5 shards are already finished; all checksums match"]
         assert digests(out) == digests(one_each(folder, tmp_path / "undisturbed"))
 
 
-def test_records_and_shards_of_another_user_count_for_nothing(
+def test_records_and_shards_of_another_user_are_ignored(
     one_each: Build, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = stopped(one_each, folder, tmp_path / "out")
     expected = digests(one_each(folder, tmp_path / "undisturbed"))
     monkeypatch.setattr(loader.system.safefile, "is_own", lambda found, folder: not stat.S_ISREG(found.st_mode))
-    monkeypatch.setattr("prep.shard.shard.open_own", loader.system.safefile.open_named)  # the build's own new files
+    monkeypatch.setattr("prep.shard.shard.open_own", loader.system.safefile.open_named)  # for the build's own new files
     notes: list[str] = []
     one_each(folder, out, note=notes.append)
     assert notes == []
     assert digests(out) == expected
 
 
-def test_whose_files_are_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a server maps users to others, the owner of a new file tells who we are there."""
+def test_which_files_are_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a server maps users to others, the owner of a new file shows who we are there."""
     path = tmp_path / "file"
     path.touch()
     os.close(open_own(path))
@@ -408,28 +409,28 @@ def test_whose_files_are_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("mode", "who"), [(0o777, "everyone"), (0o1777, None), (0o755, None), (0o700, None)])
-def test_a_folder_that_others_can_write_is_told(folder: Path, out: Path, mode: int, who: str | None) -> None:
+def test_a_folder_writable_by_others_is_reported(folder: Path, out: Path, mode: int, who: str | None) -> None:
     out.chmod(mode)
     notes: list[str] = []
     build(folder, out, note=notes.append)
-    assert notes == ([f"{out}: can be written by {who}, too: what is found there may be theirs (see SECURITY.md)"]
+    assert notes == ([f"{out}: can also be written by {who}: files in it may be theirs (see SECURITY.md)"]
                      if who else [])  # fmt: skip
 
 
-def test_a_folder_of_a_group_or_of_another_user(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_writable_by_a_group_or_owned_by_another_user(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out.chmod(0o775)
-    monkeypatch.setattr(prep.build.trust, "_is_own_group", lambda number: False)
-    assert others_who_can_write(out) == f"its group, {out.stat().st_gid}"
-    monkeypatch.setattr(prep.build.trust, "_is_own_group", lambda number: True)
-    assert others_who_can_write(out) is None
-    monkeypatch.setattr(prep.build.trust, "is_own", lambda found, folder: False)
+    monkeypatch.setattr(prep.workspace.trust, "_is_own_group", lambda number: False)
+    assert other_writers(out) == f"its group, {out.stat().st_gid}"
+    monkeypatch.setattr(prep.workspace.trust, "_is_own_group", lambda number: True)
+    assert other_writers(out) is None
+    monkeypatch.setattr(prep.workspace.trust, "is_own", lambda found, folder: False)
     monkeypatch.setattr(Path, "stat", lambda self: os.stat_result((0o40755, 0, 0, 0, 77, 0, 0, 0, 0, 0)))
-    assert others_who_can_write(out) == "its owner, user 77"
+    assert other_writers(out) == "its owner, user 77"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_skipped_json(folder: Path, tmp_path: Path, victim: Path, kind: str) -> None:
-    """A rerun of a complete build reads what was left out, and hangs at nothing."""
+def test_planted_lists_of_skipped_images(folder: Path, tmp_path: Path, victim: Path, kind: str) -> None:
+    """Checking a complete dataset reads the list, and never blocks."""
     images = tmp_path / "images"
     shutil.copytree(folder, images)
     (images / "bad.png").write_bytes(b"no image")
@@ -438,27 +439,27 @@ def test_skipped_json(folder: Path, tmp_path: Path, victim: Path, kind: str) -> 
     plant(out / SKIPPED, kind, victim)
     with pytest.raises(ShardsError, match=r"HR sources: 1 added \(bad.png\)|skipped.json: "):
         build(images, out, skip_bad=True)
-    unharmed(victim)
+    check_untouched(victim)
 
 
-def test_an_index_that_readers_would_not_take_is_not_committed(folder: Path, tmp_path: Path) -> None:
+def test_an_index_that_readers_would_refuse_is_not_committed(folder: Path, tmp_path: Path) -> None:
     out = build(folder, tmp_path / "out")
     index = read_index(out)
     before = digests(out)
     plane = index.planes[1]
     broken = replace(index, planes=index.planes | {1: replace(plane, offset=plane.offset + 1)}, sha256="")
     with pytest.raises(FormatError, match="a multiple of 4096"):
-        commit(out, broken, [])
+        Workspace(out).commit(broken, [])
     with pytest.raises(ShardsError, match="expected an index of at most"):
-        commit(out, replace(index, made_by="x" * (17 << 20), sha256=""), [])
+        Workspace(out).commit(replace(index, made_by="x" * (17 << 20), sha256=""), [])
     assert digests(out) == before
 
 
-def test_terms_of_a_stranger_are_shown_in_short_lines(one_each: Build, folder: Path, tmp_path: Path) -> None:
+def test_a_foreign_manifest_is_shown_in_short_printable_lines(one_each: Build, folder: Path, tmp_path: Path) -> None:
     out = stopped(one_each, folder, tmp_path / "out")
     facts = json.loads((out / BUILD).read_bytes().splitlines()[0])
     facts |= {"made_by": "\x1b[2J" * 900, "sources": {"HR": ["\x1b]0;x\x07" + "y" * 900, "\u202e"]}}
-    (out / BUILD).write_bytes(_dump(facts))
+    (out / BUILD).write_bytes(seal(facts))
     with pytest.raises(ShardsError) as caught:
         one_each(folder, out)
     lines = str(caught.value).splitlines()
@@ -466,14 +467,14 @@ def test_terms_of_a_stranger_are_shown_in_short_lines(one_each: Build, folder: P
     assert len(lines) == 4
 
 
-def test_a_folder_that_is_a_link_is_the_users_to_name(folder: Path, out: Path, tmp_path: Path) -> None:
+def test_a_dataset_folder_may_be_a_link(folder: Path, out: Path, tmp_path: Path) -> None:
     (tmp_path / "name").symlink_to(out)
     build(folder, tmp_path / "name")
     assert read_index(tmp_path / "name").sha256 == read_index(out).sha256
 
 
-def test_a_folder_that_cannot_be_written(folder: Path, out: Path) -> None:
-    """For those whom permissions hold back; root is not."""
+def test_a_folder_without_write_permission(folder: Path, out: Path) -> None:
+    """Permissions do not restrain root."""
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     out.chmod(0o500)
@@ -483,8 +484,8 @@ def test_a_folder_that_cannot_be_written(folder: Path, out: Path) -> None:
     assert not list(out.iterdir())
 
 
-def test_a_finished_shard_with_two_names_is_not_renamed(folder: Path, tmp_path: Path, victim: Path) -> None:
-    """A build never writes in place: a second name keeps what it had."""
+def test_a_hard_link_to_a_shard_keeps_its_content(folder: Path, tmp_path: Path, victim: Path) -> None:
+    """A build never writes in place."""
     out = build(folder, tmp_path / "out")
     shard = min(out.glob("shard-*"))
     before = shard.read_bytes()

@@ -1,36 +1,35 @@
-"""Space and memory: known before anything is begun."""
+"""Disk space and memory are checked before a build starts."""
 
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-from helpers import Build, digests, photograph, write_image
+from helpers import Build, digests, make_recipe, photograph, write_image
 from helpers import build as typed_build
 
-import prep.build.affordable
+import prep.build.resources
 from loader.errors import ShardsError
 from loader.format.index import read_index
 from loader.system.free_memory import available_memory
 from prep.build.memory import PROCESS, Load, fitting_workers
 from prep.build.space import shard_bytes
 from prep.images.decode import read_size
-from prep.shard.shard import Recipe
+from prep.plan.recipe import Recipe
 
 build: Build = typed_build
 MB = 1 << 20
 
 
 def recipe(**changes: object) -> Recipe:
-    options: dict[str, object] = {"container": "raw", "tile": 64, "images_per_shard": 2, "resize": "matlab-uint8"}
-    return Recipe((2, 4), **(options | {"border": "symmetric"} | changes))  # type: ignore[arg-type]
+    return make_recipe(**({"container": "raw"} | changes))
 
 
 @pytest.mark.parametrize("container", ["hdf5", "raw"])
 @pytest.mark.parametrize(
     ("count", "size", "tile"), [(1, (16, 16), 16), (60, (16, 20), 64), (60, (16, 20), 16), (3, (700, 900), 64)]
 )
-def test_the_estimate_is_enough_and_not_much_more(
+def test_the_estimated_size_is_a_close_upper_bound(
     container: str, count: int, size: tuple[int, int], tile: int, tmp_path: Path
 ) -> None:
     for i in range(count):
@@ -42,7 +41,7 @@ def test_the_estimate_is_enough_and_not_much_more(
     assert whole <= estimate <= whole + 10_000 + 3 * count * 2048
 
 
-def test_a_disk_with_too_little_space_is_refused_at_once(
+def test_a_disk_with_too_little_space_is_refused_at_the_start(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [read_size(path) for path in sorted(folder.iterdir(), key=lambda path: path.stem)]
@@ -56,7 +55,9 @@ def test_a_disk_with_too_little_space_is_refused_at_once(
     out, one_each = tmp_path / "out", {"container": "raw", "images_per_shard": 1}
     blocks[0] = sum(needed) // 4096
     expected, got = sum(needed) / 1e6, blocks[0] * 4096 / 1e6
-    with pytest.raises(ShardsError, match=f"expected {expected:.1f} MB of free space .*, got {got:.1f} MB; 0.1 MB are"):
+    with pytest.raises(
+        ShardsError, match=f"expected {expected:.1f} MB of free space .*, got {got:.1f} MB; 0.1 MB more needed"
+    ):
         build(folder, out, **one_each)
     assert not out.exists()
 
@@ -67,8 +68,8 @@ def test_a_disk_with_too_little_space_is_refused_at_once(
     blocks[0] += 1
     with pytest.raises(KeyboardInterrupt):
         build(folder, out, report=stop, **one_each)
-    blocks[0] = sum(needed[2:]) // 4096  # two shards are there: they need no more space, the others a little more
-    with pytest.raises(ShardsError, match=r"MB are missing\n2 of 5 shards are finished"):
+    blocks[0] = sum(needed[2:]) // 4096  # two shards exist and need no more space; the others need one block more
+    with pytest.raises(ShardsError, match=r"MB more needed\n2 of 5 shards are finished"):
         build(folder, out, **one_each)
     blocks[0] += 1
     build(folder, out, **one_each)
@@ -77,7 +78,7 @@ def test_a_disk_with_too_little_space_is_refused_at_once(
 
 
 def machine(root: Path, free: int, groups: dict[str, str], files: dict[str, str]) -> Path:
-    """A folder like / of a machine with so many MB free, its memory groups, and their files."""
+    """Create a folder like the root of a machine with `free` MB of memory, its cgroups, and their files."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable:   {free * 1024} kB\n")
     (root / "proc/self/cgroup").write_text("".join(f"{line}\n" for line in groups))
@@ -115,52 +116,56 @@ VERSION_1 = {
         (1000, "5:cpu:/job", VERSION_1, 1000),
     ],
 )
-def test_memory_is_the_machines_or_the_least_of_the_groups(
+def test_available_memory_is_the_least_of_machine_and_cgroups(
     free: int, group: str, files: dict[str, str], expected: int, tmp_path: Path
 ) -> None:
     assert available_memory(machine(tmp_path, free, {group: ""}, files)) == expected * MB
 
 
-def test_memory_that_nobody_tells_of_limits_nothing(tmp_path: Path) -> None:
+def test_unknown_memory_limits_nothing(tmp_path: Path) -> None:
     assert available_memory(tmp_path) is None
-    assert fitting_workers(64, Load(1 << 40, 0), recipe(), tmp_path) == 64
+    assert fitting_workers(64, Load(pixels=1 << 40, file=0), recipe(), tmp_path) == 64
     assert available_memory() is not None
 
 
-def test_fewer_workers_where_memory_is_short(tmp_path: Path) -> None:
+def test_fewer_workers_if_memory_is_short(tmp_path: Path) -> None:
     root = machine(tmp_path, 1000, {}, {})
-    each = (1000 * MB // 3 - PROCESS) // 20  # pixels of which three fit
-    assert fitting_workers(2, Load(each, 0), recipe(), root) == 2
-    assert fitting_workers(8, Load(each, 0), recipe(), root) == 3
-    assert fitting_workers(8, Load(each + 1, 0), recipe(), root) == 2
-    assert fitting_workers(8, Load(each, 0), recipe(given_lr=True, resize="matlab-double"), root) == 3
+    each = (1000 * MB // 3 - PROCESS) // 20  # pixels of an image of which three fit
+    assert fitting_workers(2, Load(pixels=each, file=0), recipe(), root) == 2
+    assert fitting_workers(8, Load(pixels=each, file=0), recipe(), root) == 3
+    assert fitting_workers(8, Load(pixels=each + 1, file=0), recipe(), root) == 2
+    assert fitting_workers(8, Load(pixels=each, file=0), recipe(given_lr=True, resize="matlab-double"), root) == 3
     with pytest.raises(
         ShardsError, match=r"expected [\d,]+ MB of memory for the largest image, of [\d.]+ megap.*, got 734"
     ):
-        fitting_workers(8, Load(each, 0), recipe(resize="matlab-double"), machine(tmp_path / "small", 700, {}, {}))
+        fitting_workers(
+            8, Load(pixels=each, file=0), recipe(resize="matlab-double"), machine(tmp_path / "small", 700, {}, {})
+        )
 
 
-def test_a_build_takes_what_memory_there_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_starts_as_many_workers_as_fit_into_memory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[int, Load]] = []
 
     def fitting(workers: int, largest: Load, recipe: Recipe) -> int:
         asked.append((workers, largest))
         return 1
 
-    monkeypatch.setattr(prep.build.affordable, "fitting_workers", fitting)
+    monkeypatch.setattr(prep.build.resources, "fitting_workers", fitting)
     notes: list[str] = []
     build(folder, tmp_path / "out", workers=8, note=notes.append)
-    assert asked == [(3, Load(128 * 192, (folder / "a.png").stat().st_size))]
+    assert asked == [(3, Load(pixels=128 * 192, file=(folder / "a.png").stat().st_size))]
     assert notes == ["memory for 1 of 3 workers: the largest image has 0.0 megapixels"]
 
 
-def test_an_image_of_more_pixels_is_refused_before_it_is_decoded(
+def test_an_image_with_too_many_pixels_is_refused_before_decoding(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = shutil.copytree(folder, tmp_path / "images")
     write_image(Path(images) / "big.png", photograph(200, 200))
     data = (Path(images) / "big.png").read_bytes()
-    (Path(images) / "big.png").write_bytes(data[: len(data) // 2])  # decoding would find it cut
+    (Path(images) / "big.png").write_bytes(data[: len(data) // 2])  # decoding would find it truncated
     with pytest.raises(ShardsError, match=r"big.png: expected at most 30000 pixels, got 200 × 200"):
         build(images, tmp_path / "out", max_pixels=30_000)
     with pytest.raises(ShardsError, match=r"big.png: expected a complete image"):
@@ -169,7 +174,7 @@ def test_an_image_of_more_pixels_is_refused_before_it_is_decoded(
 
 @pytest.mark.long
 def test_300_megapixels(tmp_path: Path) -> None:
-    """With the limit raised: built in a process of its own, within the memory that is counted with."""
+    """With the limit raised, a build in its own process stays within the estimated memory."""
     import resource
     import subprocess
     import sys
@@ -196,5 +201,5 @@ def test_300_megapixels(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert read_index(tmp_path / "out").sizes(4)[1].tolist() == [5000]
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    print(f"\npeak: {peak / 1e6:.0f} MB, counted with: {(PROCESS + 3e8 * 20) / 1e6:.0f} MB")
+    print(f"\npeak: {peak / 1e6:.0f} MB, estimated: {(PROCESS + 3e8 * 20) / 1e6:.0f} MB")
     assert peak < PROCESS + 3e8 * 20

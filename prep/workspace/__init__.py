@@ -1,0 +1,1 @@
+"""The folder of a dataset: its files, its lock, the state of a build in it."""
