@@ -1,4 +1,4 @@
-"""Map a function over threads, for work that waits for storage."""
+"""Map a function over threads, for work that waits for storage. (`crew` has long-lived threads with a queue.)"""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,8 +1,10 @@
 """Sidecars: recognised by name and header, and bound to one index."""
 
+import random
 from pathlib import Path
 
 import pytest
+from fuzzing import EDGES, mutated
 from helpers import write_sidecar
 
 from loader.format.sidecar import sidecars
@@ -42,3 +44,14 @@ def test_other_headers(tmp_path: Path, old: bytes, new: bytes) -> None:
     assert text.count(old) == 1
     (tmp_path / "scores-x.bin").write_bytes(text.replace(old, new))
     assert sidecars(tmp_path) == {}
+
+
+def test_random_headers_are_ignored_or_name_an_index(tmp_path: Path) -> None:
+    text, found = write_sidecar(tmp_path / "scores-x.bin", DIGEST, b"\0\1\2"), 0
+    words = [*EDGES, b'"', b"[" * 3000, b"{", b"}", b"9" * 5000, b"1e9", b"null", b'"\\ud800"', b"\xff"]
+    for n in range(300):
+        (tmp_path / "scores-x.bin").write_bytes(mutated(text, random.Random(n), words))
+        for digest in sidecars(tmp_path).values():
+            assert len(digest) == 64
+            found += 1
+    assert 0 < found < 300
