@@ -1,4 +1,4 @@
-"""Loaders, threads, forks and builds at once: every sample compared with the slow path, every dataset whole."""
+"""Concurrent loaders, threads, forks and builds: every sample equals the slow path, every dataset is consistent."""
 
 import random
 import threading
@@ -26,7 +26,7 @@ LENGTH = 50
 
 
 def slow_path(data: PatchDataset, pictures: dict[str, Pixels]) -> Callable[[int], tuple[Pixels, Pixels]]:
-    """A function that gives global sample g by slicing the images."""
+    """Return a function that returns sample g of the stream by slicing the images."""
     whole = {}
     for name, hr in pictures.items():
         cropped = hr[: hr.shape[0] // data.scale * data.scale, : hr.shape[1] // data.scale * data.scale]
@@ -46,7 +46,7 @@ def slow_path(data: PatchDataset, pictures: dict[str, Pixels]) -> Callable[[int]
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
-def test_many_loaders_threads_and_forks(dataset: Path, pictures: dict[str, Pixels]) -> None:
+def test_concurrent_loaders_threads_and_forks(dataset: Path, pictures: dict[str, Pixels]) -> None:
     rng = random.Random(0)
     end, loaders, forks, samples = time.monotonic() + SECONDS, 0, 0, 0
     with ThreadPoolExecutor(4) as pool:
@@ -107,7 +107,7 @@ def test_eight_workers(dataset: Path, pictures: dict[str, Pixels], start: str) -
 
 
 def read_while_building(folder: Path, pictures: dict[str, Pixels], place: Path, seconds: float, builds: int) -> str:
-    """Build two datasets of equal lengths over each other, at least so often and so long, while readers open them."""
+    """Overwrite one dataset with another again and again while readers open it; return a summary."""
     for path in folder.iterdir():
         write_image(place / "others" / path.name, 255 - pictures[path.stem])
     told, out, building = Counter[str](), place / "out", threading.Event()
