@@ -98,9 +98,9 @@ def test_all_differences_are_reported_at_once(dataset: Path) -> None:
     for allowed in (False, True):
         with pytest.raises(ShardsError) as caught:
             other.load_state_dict(state, allow_other_dataset=allowed)
-        told = ["seed: expected 2, got 1", "scale: expected 2, got 4", "lr_patch: expected 9, got 8"]
-        told += ["augment: expected False, got True"]
-        assert all(one in str(caught.value) for one in told)
+        differences = ["seed: expected 2, got 1", "scale: expected 2, got 4", "lr_patch: expected 9, got 8"]
+        differences += ["augment: expected False, got True"]
+        assert all(one in str(caught.value) for one in differences)
         assert ("length: expected 26, got 25" in str(caught.value)) is not allowed
         assert ("dataset" in str(caught.value)) is not allowed
     assert other.state_dict()["sample"] == 0
