@@ -17,7 +17,7 @@ from loader.stream.buffers import BatchBuffers
 from loader.stream.iterator import PatchIterator, Position, stream_of
 from loader.stream.position import MAX_POSITION
 from loader.stream.stats import SharedStats, Stats
-from loader.stream.steps import RankSteps, draw
+from loader.stream.steps import RankSteps, draw_crops
 
 MAX_READAHEAD = 1 << 16  # batches
 
@@ -97,15 +97,18 @@ class PatchLoader:
         return len(self._steps())
 
     def __iter__(self) -> PatchIterator:
-        """Start at the loaded state if that is later than the start; independent of other iterators."""
+        """Return an iterator from the start on, or from a loaded position on, independent of other iterators.
+
+        If the dataset's current epoch starts after the loaded position, the iterator starts with the epoch.
+        """
         if self._local.process != os.getpid():
             self._local = _ProcessState(self)  # forked: a thread of the parent may have held a lock
         data, steps = self.dataset, self._steps()
         reader = open_reader(data.shards, data.scale, data.lr_patch, self.io, self.drop_pages, READ_BUFFERS)
         # Threads hold the plan rather than the dataset: a user's subclass may refer to the iterator.
-        crops = partial(draw, data.plan, len(data))
+        draw = partial(draw_crops, data.plan, len(data))
         allocate = self._local.buffers.allocate
-        pipeline = Pipeline(reader, iter(steps), crops, self.readahead, self.threads, allocate)
+        pipeline = Pipeline(reader, iter(steps), draw, self.readahead, self.threads, allocate)
         self._newest = Position(steps.first)
         return PatchIterator(data, pipeline, reader, self._local.stats, self._newest)
 

@@ -134,23 +134,30 @@ def _gather(
 class ReadLayout:
     """What to read for the crops of one plane, and where the bytes land in one buffer of `size` bytes.
 
-    A crop over an image of 5 tiles per row, which touches tiles 6 to 8 and 11 to 13:
+    A crop (dotted) in an image of 5 tiles per row; it touches tiles 6 to 8 and 11 to 13:
 
-        +----+----+----+----+----+      The image's run of tiles in the file:
+        +----+----+----+----+----+
         |  0 |  1 |  2 |  3 |  4 |
-        +----+----+----+----+----+      … 5 |  6 |  7 |  8 |  9 | 10 | 11 | 12 | 13 | 14 …
-        |  5 |  6:::::7::::8|  9 |              [-----------]           [------------]
-        +----+--::+::::+::--+----+           one range for each row of tiles, from the first pixel
-        | 10 | 11:::12:::13 | 14 |           of the crop in it to the last
+        +----+----+----+----+----+
+        |  5 |  6 |  7 |  8 |  9 |
+        |    |  ··|····|··  |    |
+        +----+--··+····+··--+----+
+        |    |  ··|····|··  |    |
+        | 10 | 11 | 12 | 13 | 14 |
         +----+----+----+----+----+
 
-    The buffer holds the tiles of one crop after another. Those of a crop are laid out like a small image whose first
-    tile is the first one touched, so that the gather kernel serves files and buffers alike:
+        run of tiles in the file  …|  5 |  6 |  7 |  8 |  9 | 10 | 11 | 12 | 13 | 14 |…
+        bytes touched                     [---------]              [---------]
 
-        rows of tiles far apart             |  6 |  7 |  8 | 11 | 12 | 13 |               cols = 3, two reads
-        at most GAP bytes between them      |  6 |  7 |  8 |  9 | 10 | 11 | 12 | 13 |     cols = 5, one read
+    Each crop has its part of the buffer, laid out like a small image that starts with the first tile touched. The
+    gather kernel can therefore read crops from buffers as it does from mapped files:
 
-    Bytes of the buffer outside the ranges stay undefined, and no crop includes them.
+        gap larger than GAP             |  6 |  7 |  8 | 11 | 12 | 13 |               cols = 3
+          two reads                       [---------]    [---------]
+        smaller gap, read along         |  6 |  7 |  8 |  9 | 10 | 11 | 12 | 13 |     cols = 5
+          one read                        [----------------------------------]
+
+    Bytes of the buffer that no range covers stay undefined; no crop includes them.
 
     ranges: m byte ranges of shards. target: int64 (m,), byte of the buffer that each range is read to. crop: int64
     (m,), the crop that each range belongs to, ascending. tile: side of a tile. base: int64 (n,), byte of the buffer at

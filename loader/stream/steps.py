@@ -40,7 +40,7 @@ class RankSteps:
             first += per_step
 
 
-def draw(plan: Plan, length: int, step: Step) -> Crops:
+def draw_crops(plan: Plan, length: int, step: Step) -> Crops:
     """Return the crops of a step, whose samples may lie in several epochs of `length` samples."""
     parts, first, left = [], step.first, step.count
     while left:

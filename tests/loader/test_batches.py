@@ -1,4 +1,4 @@
-"""PatchLoader: the stream of PatchDataset in batches, whatever way it is read, split, resumed or held on to."""
+"""PatchLoader returns the samples of its dataset, however it is read, split over ranks, resumed or kept."""
 
 import gc
 import os
@@ -25,7 +25,7 @@ from loader.resize.imresize import imresize
 
 
 def content(pairs: Any) -> list[tuple[bytes, bytes]]:
-    """Sample by sample, the bytes of batches or of pairs."""
+    """Return the bytes of batches, or of single samples, one entry per sample."""
     samples: list[Any] = []
     for lr, hr in pairs:
         for one in zip(*((part if part.dim() == 4 else part[None]) for part in (lr, hr)), strict=True):
@@ -34,7 +34,7 @@ def content(pairs: Any) -> list[tuple[bytes, bytes]]:
 
 
 def expected(data: PatchDataset, first: int, last: int) -> list[tuple[bytes, bytes]]:
-    """Global samples, by way of the dataset."""
+    """Return samples of the stream, read through the dataset."""
     samples = []
     for g in range(first, last):
         epoch, n = divmod(g, len(data))
@@ -58,7 +58,7 @@ def expected(data: PatchDataset, first: int, last: int) -> list[tuple[bytes, byt
     augment=st.booleans(),
     drop_pages=st.booleans(),
 )
-def test_the_stream_does_not_depend_on_how_it_is_read(
+def test_stream_is_independent_of_loader_options(
     kernel: str,
     dataset: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -82,8 +82,8 @@ def test_the_stream_does_not_depend_on_how_it_is_read(
     assert found == expected(data, start, start + 3 * batch_size * world_size)
 
 
-def test_batches_equal_the_slow_path(dataset: Path, pictures: dict[str, Pixels]) -> None:
-    """Decode, crop, shrink, slice, transform: by hand."""
+def test_batches_equal_slow_path(dataset: Path, pictures: dict[str, Pixels]) -> None:
+    """Compare with decoding, cropping, shrinking, slicing and transforming by hand."""
     data = PatchDataset(dataset, 4, 11, length=30, seed=2)
     batch = next(iter(PatchLoader(data, 30)))
     for n in range(30):
@@ -108,7 +108,7 @@ def test_batches_are_channels_last_bytes(dataset: Path) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "sizes"), [(1, [8, 8, 8, 1]), (2, [8, 4]), (3, [8]), (8, [3])])
-def test_epochs_end_alike_for_all_ranks(dataset: Path, world_size: int, sizes: list[int]) -> None:
+def test_epochs_end_together_on_all_ranks(dataset: Path, world_size: int, sizes: list[int]) -> None:
     data = PatchDataset(dataset, 4, 8, length=25)
     for rank in range(world_size):
         loader = PatchLoader(data, 8, rank=rank, world_size=world_size, epochs=1)
@@ -122,7 +122,7 @@ def test_epochs_end_alike_for_all_ranks(dataset: Path, world_size: int, sizes: l
     assert 25 - total < world_size
 
 
-def test_epochs_count_from_the_start_of_the_stream(dataset: Path) -> None:
+def test_epochs_count_from_stream_start(dataset: Path) -> None:
     data = PatchDataset(dataset, 4, 8, length=25)
     assert [len(lr) for lr, _ in PatchLoader(data, 10, epochs=2, start=15)] == [10, 10, 10, 5]
     assert list(PatchLoader(data, 10, epochs=2, start=50)) == []
@@ -130,7 +130,7 @@ def test_epochs_count_from_the_start_of_the_stream(dataset: Path) -> None:
         len(PatchLoader(data, 10))
 
 
-def test_resuming_at_another_world_size(dataset: Path) -> None:
+def test_resume_at_another_world_size(dataset: Path) -> None:
     data = PatchDataset(dataset, 4, 8, length=25, seed=1)
     ranks = [PatchLoader(data, 4, rank=rank, world_size=2) for rank in range(2)]
     iterators = [iter(loader) for loader in ranks]
@@ -150,7 +150,7 @@ def test_resuming_at_another_world_size(dataset: Path) -> None:
 
 
 @pytest.mark.parametrize("hold", ["batch", "slice", "numpy", "half"])
-def test_what_is_held_stays_as_it_is(dataset: Path, hold: str) -> None:
+def test_kept_batches_do_not_change(dataset: Path, hold: str) -> None:
     data = PatchDataset(dataset, 4, 8, length=25)
     keep: dict[str, Callable[[Any, Any], Any]] = {
         "batch": lambda lr, hr: hr,
@@ -166,16 +166,16 @@ def test_what_is_held_stays_as_it_is(dataset: Path, hold: str) -> None:
         assert torch.equal(torch.as_tensor(kept), copy)
 
 
-def test_memory_is_used_again(dataset: Path) -> None:
+def test_memory_is_reused(dataset: Path) -> None:
     data = PatchDataset(dataset, 4, 8, length=25)
     seen = {hr.data_ptr() for _, hr in islice(PatchLoader(data, 5), 200)}
     assert len(seen) < 20
 
 
-def wait_for(what: Callable[[], bool]) -> None:
-    """Threads are told to end, not waited for, where an iterator is dropped."""
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait for a condition: dropping an iterator stops its threads without waiting for them."""
     until = time.monotonic() + 60
-    while not what():
+    while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
 
@@ -185,7 +185,7 @@ def threads() -> list[str]:
 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
-def test_threads_end_with_the_iterator(dataset: Path, io: Any) -> None:
+def test_dropping_iterator_stops_threads(dataset: Path, io: Any) -> None:
     files = len(list(Path("/proc/self/fd").iterdir()))
     iterator = iter(PatchLoader(PatchDataset(dataset, 4, 8), 5, io=io, drop_pages=True))
     next(iterator)
@@ -193,13 +193,13 @@ def test_threads_end_with_the_iterator(dataset: Path, io: Any) -> None:
     del iterator
     gc.collect()
     wait_for(lambda: not threads())
-    assert len(list(Path("/proc/self/fd").iterdir())) <= files + 2  # mapped shards keep theirs
+    assert len(list(Path("/proc/self/fd").iterdir())) <= files + 2  # two shards may stay open
     list(PatchLoader(PatchDataset(dataset, 4, 8), 5, io=io, epochs=1))
     assert not threads()
 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
-def test_the_interpreter_ends_with_an_iterator_alive(dataset: Path, io: str) -> None:
+def test_interpreter_exits_with_open_iterator(dataset: Path, io: str) -> None:
     code = (
         "from loader import PatchDataset, PatchLoader\n"
         f"iterator = iter(PatchLoader(PatchDataset({str(dataset)!r}, 4, 8), 5, io={io!r}))\n"
@@ -211,8 +211,8 @@ def test_the_interpreter_ends_with_an_iterator_alive(dataset: Path, io: str) -> 
 
 
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
-def test_several_iterators_and_forks_at_once(dataset: Path) -> None:
-    """Threads gather, workers fork, and all see the one stream."""
+def test_concurrent_iterators_and_forks(dataset: Path) -> None:
+    """Gathering threads and forked workers see the same stream."""
     data = PatchDataset(dataset, 4, 8, length=40, seed=4)
     want = expected(data, 0, 40)
     data.set_epoch(0)
@@ -225,7 +225,7 @@ def test_several_iterators_and_forks_at_once(dataset: Path) -> None:
         assert content([batch, *islice(iterator, 4)]) == want
 
 
-def test_stats_count(dataset: Path) -> None:
+def test_stats(dataset: Path) -> None:
     loader = PatchLoader(PatchDataset(dataset, 4, 8), 5, epochs=1)
     given = len(list(loader))
     stats = loader.stats()
@@ -236,7 +236,7 @@ def test_stats_count(dataset: Path) -> None:
 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
-def test_errors_reach_the_user(tmp_path: Path, io: Any) -> None:
+def test_worker_errors_propagate(tmp_path: Path, io: Any) -> None:
     write_image(tmp_path / "in/a.png", photograph(64, 64))
     data = PatchDataset(build(tmp_path / "in", tmp_path / "out"), 4, 8)
     shard = tmp_path / "out" / data.shards.index.shards[0].file
@@ -246,8 +246,8 @@ def test_errors_reach_the_user(tmp_path: Path, io: Any) -> None:
     assert not threads()
 
 
-def test_a_file_cut_while_it_is_read(tmp_path: Path) -> None:
-    """Positional reads notice; what mapped pages do then is documented in FORMAT.md."""
+def test_file_truncated_during_reads(tmp_path: Path) -> None:
+    """Positional reads report an error; for mapped files see FORMAT.md."""
     write_image(tmp_path / "in/a.png", photograph(640, 640))
     data = PatchDataset(build(tmp_path / "in", tmp_path / "out"), 4, 8)
     iterator = iter(PatchLoader(data, 5, io="pread", readahead=1))

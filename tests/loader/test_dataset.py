@@ -1,4 +1,4 @@
-"""PatchDataset and ImageDataset against slices of the images they came from, in every kind of DataLoader."""
+"""PatchDataset and ImageDataset compared with slices of the source images, with every kind of DataLoader."""
 
 import os
 import pickle
@@ -27,18 +27,18 @@ from prep.images.decode import read_image
 
 @pytest.fixture(params=["compiled", "fallback"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of gathering."""
+    """Gather with and without the compiled kernel."""
     if request.param == "fallback":
         monkeypatch.setattr(tiles_module, "gather_kernel", None)
     elif tiles_module.gather_kernel is None:
-        pytest.skip("the compiled kernel is not in use here")
+        pytest.skip("needs the compiled kernel")
 
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("scale", [2, 3, 4])
 @pytest.mark.parametrize("patch", [1, 16, 21])
-def test_samples_are_the_crops_they_say(dataset: Path, pictures: dict[str, Pixels], scale: int, patch: int) -> None:
-    """The slow path: decode, crop, shrink, slice, transform."""
+def test_samples_match_their_crops(dataset: Path, pictures: dict[str, Pixels], scale: int, patch: int) -> None:
+    """Compare with the slow path: decode, crop, shrink, slice, transform."""
     data = PatchDataset(dataset, scale, patch, length=60, seed=5, too_small="skip", fixed=True)
     whole = {}
     for name, pixels in pictures.items():
@@ -89,7 +89,7 @@ def draw(loader: DataLoader[tuple[torch.Tensor, torch.Tensor]]) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def expected(dataset: Path) -> list[list[bytes]]:
-    """Batches of two epochs, without workers."""
+    """Batches of two epochs, read without workers."""
     data = PatchDataset(dataset, 4, 8, length=10)
     epochs = []
     for epoch in (0, 7):
@@ -102,7 +102,7 @@ def expected(dataset: Path) -> list[list[bytes]]:
 @pytest.mark.parametrize(("start", "workers"), [("fork", 1), ("fork", 2), ("spawn", 2)])
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
-def test_same_samples_whatever_the_workers(
+def test_samples_are_independent_of_workers(
     dataset: Path, expected: list[list[bytes]], start: str, workers: int, persistent: bool
 ) -> None:
     data = PatchDataset(dataset, 4, 8, length=10)
@@ -114,7 +114,7 @@ def test_same_samples_whatever_the_workers(
         assert draw(loader) == batches
 
 
-def test_pickles_are_small_and_open_again(dataset: Path) -> None:
+def test_pickles_are_small_and_reopen(dataset: Path) -> None:
     data = PatchDataset(dataset, 4, 8, seed=3)
     data.set_epoch(2)
     text = pickle.dumps(data)
@@ -124,7 +124,7 @@ def test_pickles_are_small_and_open_again(dataset: Path) -> None:
     assert torch.equal(again[5][1], data[5][1])
 
 
-def test_a_dataset_rebuilt_meanwhile_is_noticed(folder: Path, tmp_path: Path) -> None:
+def test_rebuilt_dataset_is_refused_on_unpickling(folder: Path, tmp_path: Path) -> None:
     text = pickle.dumps(Shards(build(folder, tmp_path / "out")))
     for path in (tmp_path / "out").iterdir():
         path.unlink()
@@ -133,7 +133,7 @@ def test_a_dataset_rebuilt_meanwhile_is_noticed(folder: Path, tmp_path: Path) ->
         pickle.loads(text)
 
 
-def test_a_shard_cut_after_opening_is_noticed(folder: Path, tmp_path: Path) -> None:
+def test_shard_truncated_after_opening_is_refused(folder: Path, tmp_path: Path) -> None:
     data = PatchDataset(build(folder, tmp_path / "out", images_per_shard=9), 4, 8)
     shard = tmp_path / "out" / data.shards.index.shards[0].file
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -144,8 +144,8 @@ def test_a_shard_cut_after_opening_is_noticed(folder: Path, tmp_path: Path) -> N
         data[0]
 
 
-def test_a_dataset_built_anew_is_not_mixed_with_the_old(folder: Path, tmp_path: Path) -> None:
-    """Shards of the same names and lengths, other pixels: what is open stays as it was, nothing new is opened."""
+def test_rebuilt_dataset_is_not_mixed_with_old_one(folder: Path, tmp_path: Path) -> None:
+    """New shards have the old names and lengths: mapped ones keep the old pixels, unmapped ones are refused."""
     out = build(folder, tmp_path / "out", images_per_shard=2)
     mapped, late = Shards(out), Shards(out)
     before = mapped.tiles(0, 1).copy()
@@ -166,8 +166,8 @@ def test_a_dataset_built_anew_is_not_mixed_with_the_old(folder: Path, tmp_path: 
     assert (Shards(out).tiles(0, 1) != before).any()
 
 
-def test_a_mapped_shard_that_shrinks_ends_the_process(folder: Path, tmp_path: Path) -> None:
-    """As FORMAT.md warns; positional reads of the same are an error."""
+def test_shrinking_mapped_shard_kills_the_process(folder: Path, tmp_path: Path) -> None:
+    """FORMAT.md warns of it; positional reads report an error instead."""
     out = build(folder, tmp_path / "out", images_per_shard=9)
     code = (
         "import os, sys\nfrom loader import FormatError\nfrom loader.pixels.shards import Shards\n"
@@ -223,10 +223,10 @@ def test_whole_images(dataset: Path, pictures: dict[str, Pixels]) -> None:
 
 
 @pytest.mark.usefixtures("kernel")
-def test_no_crop_beyond_an_image(dataset: Path) -> None:
+def test_crops_beyond_an_image_are_refused(dataset: Path) -> None:
     shards = Shards(dataset)
     out, zero = np.empty((1, 8, 8, 3), np.uint8), np.zeros(1, np.int64)
-    edge = (1 << 63) - 1  # plus a height, it is negative
+    edge = (1 << 63) - 1  # adding a height overflows
     for top, left in ((-1, 0), (0, -1), (125, 0), (0, 190), (edge, 0), (0, edge), (edge - 7, 0), (-edge - 1, 0)):
         with pytest.raises(IndexError, match=r"HR of image 'a' is 128 × 192: no crop of 8 × 8 at"):
             shards.gather(PlaneCrops(HR, 8, zero, np.array([top]), np.array([left]), zero), out)

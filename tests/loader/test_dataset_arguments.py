@@ -1,4 +1,4 @@
-"""What PatchDataset and ImageDataset take as arguments and as items, and what they say of the rest."""
+"""Arguments and items of PatchDataset and ImageDataset: what is accepted, and the errors for the rest."""
 
 import os
 import pickle
@@ -33,15 +33,15 @@ def images(shards: Path) -> ImageDataset:
     return ImageDataset(shards, 4)
 
 
-NO_NUMBERS: list[Any] = [
+NOT_INTEGERS: list[Any] = [
     "0801", "1", b"1", 5.7, 5.0, None, True, False, [1, 2], (1, 2), slice(0, 2), slice(None), np.float64(1),
     np.array([1]), np.array(True), torch.tensor(1.0), torch.tensor([1]), torch.tensor(True), ..., {1}, 1j,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("item", NO_NUMBERS, ids=repr)
-def test_what_is_no_sample(patches: PatchDataset, item: Any) -> None:
-    """`data["0801"]` was sample 801, `data[5.7]` sample 5."""
+@pytest.mark.parametrize("item", NOT_INTEGERS, ids=repr)
+def test_invalid_sample_numbers(patches: PatchDataset, item: Any) -> None:
+    """Regression: `data["0801"]` was sample 801, `data[5.7]` was sample 5."""
     with pytest.raises(TypeError, match=r"^sample: expected a whole number, 0 to 11, got ."):
         patches[item]
     with pytest.raises(TypeError, match=r"^sample: expected a whole number"):
@@ -50,8 +50,8 @@ def test_what_is_no_sample(patches: PatchDataset, item: Any) -> None:
         patches.crop(item)
 
 
-@pytest.mark.parametrize("item", [item for item in NO_NUMBERS if not isinstance(item, str)], ids=repr)
-def test_what_is_no_image(images: ImageDataset, item: Any) -> None:
+@pytest.mark.parametrize("item", [item for item in NOT_INTEGERS if not isinstance(item, str)], ids=repr)
+def test_invalid_image_numbers(images: ImageDataset, item: Any) -> None:
     with pytest.raises(TypeError, match=r"^image: expected a number, 0 to 4, or a name, got ."):
         images[item]
     with pytest.raises(TypeError, match=r"^image: expected a name, got ."):
@@ -59,7 +59,7 @@ def test_what_is_no_image(images: ImageDataset, item: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [int, np.int8, np.int32, np.int64, np.uint64, np.array, torch.tensor])
-def test_numbers(patches: PatchDataset, images: ImageDataset, kind: Any) -> None:
+def test_integer_types_as_items(patches: PatchDataset, images: ImageDataset, kind: Any) -> None:
     for data in (patches, images):
         assert torch.equal(data[kind(3)][0], data[3][0])
         if kind not in (np.uint64,):
@@ -78,7 +78,7 @@ def test_sequences_of_samples(patches: PatchDataset) -> None:
 
 
 @pytest.mark.parametrize("n", [12, -13, 1 << 63, 1 << 64, -(1 << 70), 10**5000], ids=lambda n: f"{n.bit_length()} bits")
-def test_numbers_out_of_range(patches: PatchDataset, images: ImageDataset, n: int) -> None:
+def test_items_out_of_range(patches: PatchDataset, images: ImageDataset, n: int) -> None:
     with pytest.raises(IndexError, match="^sample: expected 0 to 11, got "):
         patches[n]
     with pytest.raises(IndexError, match="^sample: expected 0 to 11, got "):
@@ -87,7 +87,7 @@ def test_numbers_out_of_range(patches: PatchDataset, images: ImageDataset, n: in
         images[n]
 
 
-def test_iteration_ends(patches: PatchDataset, images: ImageDataset) -> None:
+def test_iteration_terminates(patches: PatchDataset, images: ImageDataset) -> None:
     assert sum(1 for _ in patches) == 12
     assert sum(1 for _ in images) == len(list(images)) == 5
     assert sum(1 for _ in PatchDataset(patches.shards.folder, 4, 4, length=1)) == 1
@@ -104,8 +104,8 @@ def test_names(images: ImageDataset) -> None:
         images[0] in images  # noqa: B015
 
 
-def test_a_patch_dataset_does_not_search(patches: PatchDataset) -> None:
-    """Python would draw a whole epoch to answer."""
+def test_in_operator_is_refused_for_patches(patches: PatchDataset) -> None:
+    """Python's default would draw a whole epoch."""
     with pytest.raises(TypeError, match="PatchDataset does not support `in`"):
         "a" in patches  # noqa: B015
 
@@ -121,7 +121,7 @@ def test_arguments_of_the_wrong_type(shards: Path, name: str, value: Any) -> Non
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint8, torch.tensor])
-def test_whole_numbers_of_other_types(shards: Path, kind: Any) -> None:
+def test_integer_types_as_arguments(shards: Path, kind: Any) -> None:
     data = PatchDataset(shards, scale=kind(4), lr_patch=kind(8), length=kind(9), seed=kind(7))
     data.set_epoch(kind(3))
     plain = PatchDataset(shards, 4, 8, 9, 7)
@@ -168,8 +168,8 @@ def test_arguments_out_of_range(shards: Path, change: dict[str, Any], error: typ
             ImageDataset(change["folder"], 4)
 
 
-def test_the_working_directory_is_not_taken_for_nothing(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Path("")` is the working directory; "." says so."""
+def test_empty_path_is_not_the_working_directory(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Path("")` is the working directory; users must say "."."""
     monkeypatch.chdir(shards)
     assert len(ImageDataset(".", 4)) == 5
     for empty in ("", os.environ.get("SRSHARDS_TEST_UNSET", "")):
@@ -189,8 +189,8 @@ def test_epochs(shards: Path, epoch: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["scale", "lr_patch", "seed", "augment", "fixed", "plan", "shards", "epoch"])
-def test_what_the_plan_depends_on_is_read_only(patches: PatchDataset, name: str) -> None:
-    """Changing `data.seed` did nothing, and then lied in `state_dict()`."""
+def test_arguments_are_read_only(patches: PatchDataset, name: str) -> None:
+    """Regression: setting `data.seed` changed `state_dict()` but not the samples."""
     before = getattr(patches, name)
     with pytest.raises(AttributeError):
         setattr(patches, name, 3)
@@ -199,7 +199,7 @@ def test_what_the_plan_depends_on_is_read_only(patches: PatchDataset, name: str)
         ImageDataset(patches.shards.folder, 4).scale = 2  # type: ignore[misc]
 
 
-def test_names_with_escapes_are_printed_as_such(tmp_path: Path) -> None:
+def test_escape_sequences_in_names_are_escaped(tmp_path: Path) -> None:
     write_image(tmp_path / "in" / "a\x1b[31m\nb\u202e.png", photograph(16, 16))
     out = build(tmp_path / "in", tmp_path / "out")
     with pytest.raises(ShardsError, match="smaller: ") as caught:
@@ -212,8 +212,8 @@ def test_names_with_escapes_are_printed_as_such(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
-def test_a_dataset_moved_before_its_first_read(shards: Path, tmp_path: Path, monkeypatch: Any, io: str) -> None:
-    """It was a FileNotFoundError of the folder, from the middle of the reader."""
+def test_dataset_moved_before_first_read(shards: Path, tmp_path: Path, monkeypatch: Any, io: str) -> None:
+    """Regression: this raised FileNotFoundError from inside the reader."""
     shutil.copytree(shards, tmp_path / "here")
     monkeypatch.setattr("loader.ahead.reader.is_network", lambda folder: io == "pread")
     patches, images = PatchDataset(tmp_path / "here", 4, 4), ImageDataset(tmp_path / "here", 4)
@@ -229,8 +229,8 @@ def test_a_dataset_moved_before_its_first_read(shards: Path, tmp_path: Path, mon
         assert str(caught.value).isprintable()
 
 
-def test_a_dataset_moved_before_it_is_unpickled(shards: Path, tmp_path: Path) -> None:
-    """The first use tells: a process that fails while it unpickles could tell nobody."""
+def test_dataset_moved_before_unpickling(shards: Path, tmp_path: Path) -> None:
+    """The first use raises the error: a worker that fails during unpickling could not report it."""
     shutil.copytree(shards, tmp_path / "here")
     texts = [pickle.dumps(PatchDataset(tmp_path / "here", 4, 4)), pickle.dumps(ImageDataset(tmp_path / "here", 4))]
     (tmp_path / "here").rename(tmp_path / "there")
@@ -270,8 +270,8 @@ if __name__ == "__main__":
 """
 
 
-def test_a_spawned_worker_tells_its_parent(shards: Path, tmp_path: Path) -> None:
-    """As a FormatError, below the lines of the worker's traceback; it had died without a word."""
+def test_spawned_worker_reports_to_its_parent(shards: Path, tmp_path: Path) -> None:
+    """A FormatError follows the worker's traceback. Regression: the worker died silently."""
     shutil.copytree(shards, tmp_path / "here")
     (tmp_path / "train.py").write_text(SPAWNED)
     run = subprocess.run(
@@ -284,7 +284,7 @@ def test_a_spawned_worker_tells_its_parent(shards: Path, tmp_path: Path) -> None
 
 
 def test_pickles_are_small(shards: Path) -> None:
-    """Whatever the dataset's size: neither index nor plan travels to a worker."""
+    """Neither index nor plan is sent to a worker, so size does not depend on the dataset."""
     data, images = PatchDataset(shards, 4, 4, length=1 << 40), ImageDataset(shards, 4)
     data[0], data.plan
     assert "a" in images
@@ -294,7 +294,7 @@ def test_pickles_are_small(shards: Path) -> None:
 
 
 class Renamed(PatchDataset):
-    """Of users who add to it."""
+    """A user's subclass."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, 4, 4, length=10)
@@ -310,7 +310,7 @@ def test_subclasses(shards: Path) -> None:
     assert len(list(again)) == 10
 
 
-def test_what_a_folder_lies_on_when_its_mount_has_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_of_a_dead_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def dead(self: Path, **_: Any) -> os.stat_result:
         raise OSError(107, "Transport endpoint is not connected", str(self))
 
@@ -335,7 +335,7 @@ def test_odd_mount_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert storage_module.is_network(tmp_path)
 
 
-def test_an_image_that_memory_cannot_hold(images: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_larger_than_memory(images: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     def huge(*_: object) -> None:
         raise MemoryError("Unable to allocate 3 TiB")
 

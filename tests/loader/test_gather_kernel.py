@@ -1,7 +1,7 @@
-"""loader.pixels._gather called directly, and its fallback: whatever the arguments are, they are right or refused.
+"""The gather kernel called directly, and its fallback: arguments are either valid or refused.
 
-`make test-sanitized` runs these under AddressSanitizer and UBSan as well. No test passes an address of memory that is
-not there unless the call must be refused: what is at an address cannot be checked.
+`make test-sanitized` also runs these tests under AddressSanitizer and UBSan. Addresses cannot be checked by the kernel,
+so invalid ones are only passed in calls that must be refused.
 """
 
 import mmap
@@ -22,20 +22,20 @@ WAYS = [pytest.param(gather_kernel, id="compiled"), pytest.param(None, id="fallb
 GUARD = 99
 SEED = os.environ.get("SRSHARDS_FUZZ_SEED", "0")
 ROUNDS = 200 * max(1, int(float(os.environ.get("SRSHARDS_FUZZ_SECONDS", "1"))))
-needs_kernel = pytest.mark.skipif(gather_kernel is None, reason="the compiled kernel is not in use here")
+needs_kernel = pytest.mark.skipif(gather_kernel is None, reason="needs the compiled kernel")
 
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Both ways of gathering; tests then call `gather_crops`."""
+    """Make `gather_crops` use the compiled kernel or the fallback."""
     if request.param is None and "compiled" in request.node.callspec.id:
-        pytest.skip("the compiled kernel is not in use here")
+        pytest.skip("needs the compiled kernel")
     monkeypatch.setattr(module, "gather_kernel", request.param)
     return request.param
 
 
 class Call:
-    """Arguments of a call that is right, and what it is to give; the output lies between guards."""
+    """A valid call and its expected result; the output lies between guards."""
 
     def __init__(self, rng: random.Random) -> None:
         self.tile, count = rng.choice([1, 2, 7, 16, 64]), rng.randrange(0, 5)
@@ -63,21 +63,21 @@ class Call:
         columns = [self.address, self.cols, self.top, self.left, self.transform]
         return [*columns, self.tile, self.height, self.width, self.out]
 
-    def hold(self) -> None:
+    def check(self) -> None:
         for found, expected in zip(self.out, self.expected, strict=True):
             np.testing.assert_array_equal(found, expected)
         assert (self.memory[[0, -1]] == GUARD).all()
 
 
-def test_right_calls(way: Any) -> None:
+def test_valid_calls(way: Any) -> None:
     for n in range(ROUNDS if way else 60):
         call = Call(random.Random(f"{SEED}/{n}"))
         gather_crops(call.address, call.cols, call.top, call.left, call.transform, call.tile, call.out)
-        call.hold()
+        call.check()
 
 
 def odd_arrays(array: Any, rng: random.Random) -> Iterator[Any]:
-    """Arrays that are not the one expected, in type, length, layout, or no arrays at all."""
+    """Yield arrays of another type, length or layout, and other objects."""
     for dtype in (np.int32, np.uint64, np.float64, np.bool_, np.complex128, ">i8", np.int8, "S8", object, "m8[s]"):
         yield array.astype(dtype)
     yield np.append(array, array[:1])
@@ -91,7 +91,7 @@ def odd_arrays(array: Any, rng: random.Random) -> Iterator[Any]:
 
 
 def unlike(array: Any) -> Callable[[Any], bool]:
-    """Whether an odd array differs from the right one: reversed or repeated, an array of one entry stays what it is."""
+    """Return a filter for arrays that really differ: an array of one entry, reversed, is the same."""
 
     def differs(odd: Any) -> bool:
         same = isinstance(odd, np.ndarray) and odd.dtype == array.dtype and odd.shape == array.shape
@@ -101,7 +101,7 @@ def unlike(array: Any) -> Callable[[Any], bool]:
 
 
 @needs_kernel
-def test_odd_arrays_are_refused() -> None:
+def test_invalid_arrays_are_refused() -> None:
     for n in range(60):
         rng = random.Random(n)
         call = Call(rng)
@@ -118,7 +118,7 @@ def test_odd_arrays_are_refused() -> None:
 
 
 @needs_kernel
-def test_odd_outputs_are_refused() -> None:
+def test_invalid_outputs_are_refused() -> None:
     call = next(call for call in map(Call, map(random.Random, range(99))) if len(call.out) > 2 and call.height > 1)
     frozen = call.out.copy()
     frozen.flags.writeable = False
@@ -135,8 +135,8 @@ def test_odd_outputs_are_refused() -> None:
 
 
 @pytest.mark.parametrize("column", ["address", "cols", "top", "left", "transform"])
-def test_numbers_out_of_range_are_refused(way: Any, column: str) -> None:
-    """Among them `top = 2**63 - 1`: added to a height, it is a negative number, and lies above every image."""
+def test_values_out_of_range_are_refused(way: Any, column: str) -> None:
+    """One value is `top = 2**63 - 1`: adding a height overflows to a negative number, which lies within any image."""
     for n in range(60):
         call = Call(random.Random(n))
         values: list[int] = list(WRAP)
@@ -161,7 +161,7 @@ def test_numbers_out_of_range_are_refused(way: Any, column: str) -> None:
 @pytest.mark.parametrize(
     "value", [0, -1, 1 << 30, 1 << 31, 1 << 32, (1 << 63) - 1, 1 << 63, -(1 << 63), 1.0, "1", None]
 )
-def test_odd_sizes_are_refused(which: str, value: Any) -> None:
+def test_invalid_sizes_are_refused(which: str, value: Any) -> None:
     for n in range(10):
         call = Call(random.Random(n))
         arguments = call.arguments()
@@ -172,8 +172,8 @@ def test_odd_sizes_are_refused(which: str, value: Any) -> None:
 
 
 @needs_kernel
-def test_sizes_whose_product_overflows() -> None:
-    """2**30 - 1 squared, times 3, times a count: whatever it wraps to, no buffer has it."""
+def test_overflowing_sizes_are_refused() -> None:
+    """(2**30 - 1) squared, times 3, times a count wraps around to a size that no buffer has."""
     one = np.ones(1, np.int64)
     for height, width in (((1 << 30) - 1, (1 << 30) - 1), (1 << 29, 1 << 29), (1, (1 << 30) - 1)):
         with pytest.raises(REFUSED):
@@ -181,7 +181,7 @@ def test_sizes_whose_product_overflows() -> None:
 
 
 @needs_kernel
-def test_wrong_numbers_of_arguments() -> None:
+def test_wrong_argument_counts_are_refused() -> None:
     for n in range(12):
         if n != 9:
             with pytest.raises(TypeError):
@@ -192,8 +192,8 @@ def test_wrong_numbers_of_arguments() -> None:
 
 
 @needs_kernel
-def test_misaligned_columns() -> None:
-    """Columns may start anywhere in memory."""
+def test_misaligned_arrays() -> None:
+    """Arrays may start at any address."""
     call = next(call for call in map(Call, map(random.Random, range(99))) if len(call.out) > 2)
     columns = []
     for column in call.arguments()[:5]:
@@ -204,12 +204,12 @@ def test_misaligned_columns() -> None:
         gather_kernel.gather(*columns, *call.arguments()[5:])
     except REFUSED:
         return
-    call.hold()
+    call.check()
 
 
 @needs_kernel
 def test_advice() -> None:
-    """Odd arrays, ranges beyond the address space, and advice that changes what is in memory are refused."""
+    """Refuse invalid arrays, ranges beyond the address space, and advice that changes the content of memory."""
     with mmap.mmap(-1, 4 * mmap.PAGESIZE) as memory:
         memory[:4] = b"kept"
         view = np.frombuffer(memory, np.uint8)

@@ -1,4 +1,4 @@
-"""Downscaling against MATLAB's own results, against its arithmetic in doubles, and against pinned digests."""
+"""Downscaling compared with MATLAB's results, with its arithmetic in doubles, and with pinned digests."""
 
 import hashlib
 from pathlib import Path
@@ -19,17 +19,17 @@ from prep.images.decode import read_image
 
 @pytest.fixture(params=["compiled", "fallback"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of shrinking uint8."""
+    """Shrink uint8 with and without the compiled kernel."""
     if request.param == "fallback":
         monkeypatch.setattr(module, "resize_kernel", None)
     elif module.resize_kernel is None:
-        pytest.skip("the compiled kernel is not in use here")
+        pytest.skip("needs the compiled kernel")
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 @pytest.mark.usefixtures("kernel")
 def test_published_images(shared: Path, scale: int) -> None:
-    """The LR of Set5 was made by MATLAB before R2015b."""
+    """The LR images of Set5 were made by MATLAB before R2015b."""
     files = sorted((shared / f"data/Set5/HR_mod{scale}").glob("*.png"))
     assert len(files) == 5
     for file in files:
@@ -38,7 +38,7 @@ def test_published_images(shared: Path, scale: int) -> None:
 
 
 def in_doubles(image: Pixels, scale: int, border: str) -> Pixels:
-    """MATLAB's documented computation for uint8: each pass in doubles, then rounded."""
+    """Return MATLAB's documented computation for uint8: each pass in doubles, then rounded."""
     return module._float_resize(image, 1 / scale, "uint8", border)
 
 
@@ -61,7 +61,7 @@ def test_integers_equal_doubles(image: Pixels, scale: int, border: Border) -> No
 
 @pytest.mark.usefixtures("kernel")
 def test_halves_are_rounded_up() -> None:
-    """Images of few grey levels hit sums of exactly one half, which other roundings get wrong."""
+    """Images of few grey levels have sums of exactly one half, which other rounding rules get wrong."""
     rng = np.random.default_rng(3)
     image = rng.integers(0, 2, (512, 512), np.uint8) * 255
     weights = np.array([-3, -9, 29, 111, 111, 29, -9, -3])
@@ -103,40 +103,40 @@ def test_pinned_digests(case: tuple[int, Rounding, Border]) -> None:
     assert digest(*case) == DIGESTS[case]
 
 
-def test_weights_are_those_published() -> None:
+def test_published_weights() -> None:
     numerators, denominator = module._weights(4)
     half = [-7, -45, -75, -49, 93, 399, 745, 987]
     assert denominator == 4096
     assert numerators.tolist() == half + half[::-1]
 
 
-def test_rank_is_kept() -> None:
+def test_number_of_dimensions_is_kept() -> None:
     grey = photograph(40, 50)[..., 0]
     assert imresize(grey, 2).shape == (20, 25)
     np.testing.assert_array_equal(imresize(grey, 2), imresize(grey[..., None], 2)[..., 0])
 
 
-def test_views_are_read_as_they_look() -> None:
+def test_strided_views() -> None:
     image = photograph(60, 80)
     np.testing.assert_array_equal(imresize(image[::-1, ::2], 3), imresize(image[::-1, ::2].copy(), 3))
 
 
-def test_borders_differ_only_at_the_edge() -> None:
+def test_border_rules_differ_only_at_the_edge() -> None:
     image = photograph(80, 80)
     differs = imresize(image, 4, border="symmetric") != imresize(image, 4, border="replicate")
     assert differs.any()
     assert not differs[2:-2, 2:-2].any()
 
 
-def test_rounding_once_or_twice_differs() -> None:
+def test_rounding_modes_differ() -> None:
     image = photograph(80, 80)
     once, twice = imresize(image, 4, rounding="double"), imresize(image, 4)
     difference = np.abs(once.astype(int) - twice)
     assert 0 < difference.max() <= 1
 
 
-def test_enlarging_keeps_a_ramp_and_its_size() -> None:
-    """Keys' kernel reproduces straight lines: away from the border, a ramp of whole steps stays a ramp."""
+def test_enlarging_preserves_ramps() -> None:
+    """Cubic convolution reproduces straight lines: away from the border, a ramp stays a ramp."""
     ramp = np.tile(np.arange(0, 120, 4, dtype=np.uint8), (9, 1))
     large = enlarge(ramp, 2)
     assert large.shape == (18, 60)
@@ -144,7 +144,7 @@ def test_enlarging_keeps_a_ramp_and_its_size() -> None:
     np.testing.assert_array_equal(enlarge(np.full((5, 7, 3), 200, np.uint8), 3), np.full((15, 21, 3), 200))
 
 
-def test_shrinking_an_enlarged_image_returns_near_it() -> None:
+def test_shrinking_undoes_enlarging() -> None:
     image = cv2.GaussianBlur(photograph(60, 60), (0, 0), 3).astype(np.uint8)
     again = imresize(enlarge(image, 4), 4)
     assert np.abs(again.astype(int) - image)[4:-4, 4:-4].max() <= 3

@@ -1,6 +1,6 @@
-"""loader.resize._imresize called directly: whatever the arguments are, they are right or refused.
+"""The resize kernel called directly: arguments are either valid or refused.
 
-`make test-sanitized` runs these under AddressSanitizer and UBSan as well.
+`make test-sanitized` also runs these tests under AddressSanitizer and UBSan.
 """
 
 import os
@@ -20,11 +20,11 @@ ROUNDS = 60 * max(1, int(float(os.environ.get("SRSHARDS_FUZZ_SECONDS", "1"))))
 NAMES = (
     "image", "height", "width", "channels", "rows", "out_height", "cols", "out_width", "numerators", "taps", "out",
 )  # fmt: skip
-needs_kernel = pytest.mark.skipif(resize_kernel is None, reason="the compiled kernel is not in use here")
+needs_kernel = pytest.mark.skipif(resize_kernel is None, reason="needs the compiled kernel")
 
 
 class Call:
-    """Arguments of a call that is right, by name; the output lies between guards."""
+    """A valid call, arguments by name; the output lies between guards."""
 
     def __init__(self, rng: random.Random, scale: int | None = None) -> None:
         scale = scale or rng.choice([2, 3, 4, 8])
@@ -50,7 +50,7 @@ class Call:
 
 
 @needs_kernel
-def test_right_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valid_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "resize_kernel", None)
     for n in range(ROUNDS):
         call = Call(random.Random(f"{SEED}/{n}"))
@@ -61,7 +61,7 @@ def test_right_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("name", ["height", "width", "channels", "out_height", "out_width", "taps"])
-def test_odd_sizes_are_refused(name: str) -> None:
+def test_invalid_sizes_are_refused(name: str) -> None:
     call = Call(random.Random(name), 4)
     right = call.arguments[name]
     odd = [0, -1, right + 1, 1 << 31, 1 << 32, 1 << 61, (1 << 63) - 1, 1 << 63, -(1 << 63), 1.0, "1", None, [right]]
@@ -70,8 +70,8 @@ def test_odd_sizes_are_refused(name: str) -> None:
 
 
 @needs_kernel
-def test_products_that_overflow() -> None:
-    """2**32 × 2**32 is 0 in 64 bits, which is what an empty image has."""
+def test_overflowing_products_are_refused() -> None:
+    """2**32 × 2**32 wraps around to 0, the length of an empty image."""
     call = Call(random.Random(0))
     for size in (1 << 32, 1 << 31, 3 << 61, (1 << 62) + 1, 1 << 63, (1 << 63) - 1):
         for image in (np.zeros(0, np.uint8), call.image, np.zeros((0, 1 << 30, 3), np.uint8)):
@@ -108,7 +108,7 @@ def odd_arrays(array: Any) -> list[Any]:
 
 @needs_kernel
 @pytest.mark.parametrize("name", ["image", "rows", "cols", "numerators", "out"])
-def test_odd_arrays_are_refused(name: str) -> None:
+def test_invalid_arrays_are_refused(name: str) -> None:
     for n in range(4):
         call = Call(random.Random(n), 3)
         right = call.arguments[name]
@@ -125,7 +125,7 @@ def test_odd_arrays_are_refused(name: str) -> None:
 @needs_kernel
 @pytest.mark.parametrize("name", ["rows", "cols"])
 @pytest.mark.parametrize("value", [-1, -(1 << 63), (1 << 63) - 1, 1 << 32, None])
-def test_windows_beyond_the_image(name: str, value: int | None) -> None:
+def test_windows_beyond_the_image_are_refused(name: str, value: int | None) -> None:
     for n in range(20):
         call = Call(random.Random(n))
         window = call.arguments[name].copy()
@@ -135,7 +135,7 @@ def test_windows_beyond_the_image(name: str, value: int | None) -> None:
 
 
 @needs_kernel
-def test_weights_that_overflow_or_are_not_symmetric() -> None:
+def test_invalid_weights_are_refused() -> None:
     call = Call(random.Random(1), 4)
     right = call.arguments["numerators"]
     for k, value in ((0, 1 << 30), (3, -(1 << 31)), (7, (1 << 31) - 1)):
@@ -150,7 +150,7 @@ def test_weights_that_overflow_or_are_not_symmetric() -> None:
 
 
 @needs_kernel
-def test_wrong_numbers_of_arguments() -> None:
+def test_wrong_argument_counts_are_refused() -> None:
     for n in range(14):
         if n != len(NAMES):
             with pytest.raises(TypeError):

@@ -1,4 +1,4 @@
-"""The plan: independent draws, every position alike, a pure function of (seed, epoch, n)."""
+"""The plan: independent and uniform draws, a pure function of (seed, epoch, n)."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from loader.plan import Crops, Plan, philox
 
-# (counter, key) → words, from the known-answer tests that accompany the Random123 paper.
+# (counter, key, words) from the known-answer tests of the Random123 paper.
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
@@ -31,8 +31,8 @@ def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, int], wo
     assert " ".join(f"{int(word[0]):08x}" for word in found) == words
 
 
-def test_every_position_is_equally_likely() -> None:
-    """χ² over all (image, position) pairs of images of unequal size."""
+def test_positions_are_equally_likely() -> None:
+    """Run a χ² test over all (image, position) pairs of images of unequal size."""
     plan = Plan([6, 4, 9], [5, 4, 4], 4, seed=1, augment=True)  # 6, 1 and 6 positions
     draws = 52_000
     crops = plan.crops(0, np.arange(draws))
@@ -58,7 +58,7 @@ def test_small_images_are_never_drawn() -> None:
     epoch=st.integers(0, 2**40),
     samples=st.lists(st.integers(0, 2**62), min_size=1, max_size=20),
 )
-def test_crops_lie_inside_and_stand_alone(
+def test_crops_are_inside_and_independent(
     sizes: list[tuple[int, int]], patch: int, seed: int, epoch: int, samples: list[int]
 ) -> None:
     sizes = [*sizes, (12, 12)]
@@ -67,13 +67,13 @@ def test_crops_lie_inside_and_stand_alone(
     crops = plan.crops(epoch, samples)
     assert ((crops.top >= 0) & (crops.top + patch <= height[crops.image])).all()
     assert ((crops.left >= 0) & (crops.left + patch <= width[crops.image])).all()
-    for i, n in enumerate(samples):  # alone, a sample is what it is in company
+    for i, n in enumerate(samples):  # drawn alone and together, a sample is the same
         alone = Plan(height, width, patch, seed, augment=True).crops(epoch, [n])
         assert row(crops, i) == row(alone, 0)
 
 
-def test_seed_epoch_and_sample_do_not_mix() -> None:
-    """Sums of keys would make (0, 1) and (1, 0) the same."""
+def test_seed_epoch_and_sample_are_distinct() -> None:
+    """If keys were summed, (0, 1) and (1, 0) would be the same."""
     plans = {seed: Plan([500], [500], 8, seed, augment=True) for seed in (0, 1)}
     drawn = {
         (seed, epoch, n): plan.crops(epoch, [n])
@@ -88,7 +88,7 @@ def test_seed_epoch_and_sample_do_not_mix() -> None:
 PINNED = [(0, 133, 438, 1), (1, 76, 55, 4), (0, 169, 103, 4)]
 
 
-def test_the_plan_is_pinned() -> None:
-    """Training runs resume by it: it may not change without a word in CHANGES.md."""
+def test_plan_is_pinned() -> None:
+    """Resumed training runs depend on the plan: announce any change in CHANGES.md."""
     crops = Plan([339, 510], [510, 339], 64, seed=42, augment=True).crops(3, [0, 1, 1_000_000])
     assert [row(crops, i) for i in range(3)] == PINNED

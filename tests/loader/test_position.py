@@ -1,4 +1,4 @@
-"""An iterator owns its place; a saved place is taken up in the same stream only, and may come from anywhere."""
+"""Positions: each iterator has its own; a saved one is valid in the same stream only, and validated when loaded."""
 
 import json
 import pickle
@@ -29,7 +29,7 @@ def taken(loader: PatchLoader, count: int) -> PatchIterator:
     return iterator
 
 
-def test_each_iterator_has_its_place(dataset: Path) -> None:
+def test_each_iterator_has_its_position(dataset: Path) -> None:
     loader = PatchLoader(PatchDataset(dataset, 4, 8, length=25), 4)
     assert loader.state_dict()["sample"] == 0
     first = taken(loader, 3)
@@ -48,7 +48,7 @@ def test_each_iterator_has_its_place(dataset: Path) -> None:
     assert list(first) == []
 
 
-def test_the_end_of_a_stream_is_a_place(dataset: Path) -> None:
+def test_resume_at_the_end_of_a_stream(dataset: Path) -> None:
     data = PatchDataset(dataset, 4, 8, length=25)
     loader = PatchLoader(data, 10, epochs=2)
     assert [len(lr) for lr, _ in loader] == [10] * 5
@@ -58,12 +58,12 @@ def test_the_end_of_a_stream_is_a_place(dataset: Path) -> None:
     assert len(again) == 0
 
 
-def test_a_state_travels(dataset: Path, tmp_path: Path) -> None:
-    """Through a checkpoint that is loaded as weights, through JSON, and into a raw copy of the dataset."""
+def test_state_survives_serialisation(dataset: Path, tmp_path: Path) -> None:
+    """A position survives a checkpoint loaded as weights, JSON, and pickling of the loader."""
     loader = PatchLoader(PatchDataset(dataset, 4, 8, seed=(1 << 64) - 1), 4)
     state = taken(loader, 2).state_dict()
-    torch.save({"place": state}, tmp_path / "x.pt")
-    for copy in (json.loads(json.dumps(state)), dict(read_raw(tmp_path / "x.pt"))["place"]):
+    torch.save({"position": state}, tmp_path / "x.pt")
+    for copy in (json.loads(json.dumps(state)), dict(read_raw(tmp_path / "x.pt"))["position"]):
         assert copy == state
         loader.load_state_dict(copy)
         assert loader.state_dict() == state
@@ -72,7 +72,7 @@ def test_a_state_travels(dataset: Path, tmp_path: Path) -> None:
     assert torch.equal(next(iter(twin))[1], next(iter(loader))[1])
 
 
-def test_the_same_images_are_the_same_dataset(folder: Path, tmp_path: Path) -> None:
+def test_identity_depends_on_images_only(folder: Path, tmp_path: Path) -> None:
     found = set()
     for n, (container, per_shard) in enumerate((("raw", 1), ("hdf5", 9))):
         out = build(folder, tmp_path / str(n), container=container, images_per_shard=per_shard)
@@ -92,22 +92,22 @@ def test_the_same_images_are_the_same_dataset(folder: Path, tmp_path: Path) -> N
         PatchLoader(PatchDataset(out, 4, 8, length=25, seed=1), 1).load_state_dict(state, allow_other_dataset=True)
 
 
-def test_every_difference_is_named_at_once(dataset: Path) -> None:
+def test_all_differences_are_reported_at_once(dataset: Path) -> None:
     state = PatchLoader(PatchDataset(dataset, 4, 8, 25, seed=1), 1).state_dict()
     other = PatchLoader(PatchDataset(dataset, 2, 9, 26, seed=2, augment=False), 1)
     for allowed in (False, True):
         with pytest.raises(ShardsError) as caught:
             other.load_state_dict(state, allow_other_dataset=allowed)
-        told = ["seed: expected 2, got 1", "scale: expected 2, got 4", "lr_patch: expected 9, got 8"]
-        told += ["augment: expected False, got True"]
-        assert all(one in str(caught.value) for one in told)
+        differences = ["seed: expected 2, got 1", "scale: expected 2, got 4", "lr_patch: expected 9, got 8"]
+        differences += ["augment: expected False, got True"]
+        assert all(one in str(caught.value) for one in differences)
         assert ("length: expected 26, got 25" in str(caught.value)) is not allowed
         assert ("dataset" in str(caught.value)) is not allowed
     assert other.state_dict()["sample"] == 0
 
 
 OURS = Stream(25, 1, 4, 8, augment=True, datasets=("0" * 64,))
-HUGE = 1 << 200_000  # Python refuses to print it
+HUGE = 1 << 200_000  # too large for Python to print
 ANY: list[Any] = [-1, True, 1.0, "1", None, HUGE, -HUGE, [], torch.zeros(3), b"1", float("nan")]
 LISTS: list[Any] = [[], "0" * 64, [1], ["0" * 63], ["G" * 64], [["0" * 64]], None, {}, [HUGE]]
 WRONG: list[tuple[str, Any]] = [
@@ -121,7 +121,7 @@ WRONG: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: type(value).__name__)
-def test_hostile_values(name: str, value: Any) -> None:
+def test_invalid_state_values(name: str, value: Any) -> None:
     with pytest.raises(ShardsError, match=rf"^position in the sample stream: {name}: expected .*, got .*") as caught:
         OURS.load(OURS.save(7) | {name: value})
     assert len(str(caught.value)) < 300
@@ -129,12 +129,12 @@ def test_hostile_values(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("state", [None, [], "sample", 3, torch.zeros(2), [("sample", 3)]])
-def test_hostile_states(state: Any) -> None:
+def test_states_of_other_types(state: Any) -> None:
     with pytest.raises(ShardsError, match="expected a mapping"):
         OURS.load(state)
 
 
-def test_old_and_strange_states() -> None:
+def test_missing_and_unknown_state_fields() -> None:
     with pytest.raises(ShardsError, match="expected augment, datasets, lr_patch, scale, got none"):
         OURS.load({"sample": 3, "seed": 1, "length": 25})
     with pytest.raises(ShardsError, match=r"only known fields, got '\\x1b\[31m'"):
@@ -152,7 +152,7 @@ VALUES: Any = st.recursive(
 
 @settings(deadline=None)
 @given(changes=st.dictionaries(st.sampled_from(sorted(OURS.save(0))) | st.text(max_size=3), VALUES, max_size=4))
-def test_any_state_is_taken_or_refused(changes: dict[str, Any]) -> None:
+def test_any_state_is_accepted_or_refused(changes: dict[str, Any]) -> None:
     state = OURS.save(5) | changes
     try:
         sample = OURS.load(state)
@@ -162,8 +162,8 @@ def test_any_state_is_taken_or_refused(changes: dict[str, Any]) -> None:
     assert OURS.save(sample) == state
 
 
-def test_the_epoch_of_the_dataset_is_where_the_stream_begins(dataset: Path) -> None:
-    """As with torch's DistributedSampler: set_epoch, then one pass, again and again."""
+def test_stream_starts_at_the_dataset_epoch(dataset: Path) -> None:
+    """As with torch's DistributedSampler: call set_epoch before each pass."""
     data = PatchDataset(dataset, 4, 8, length=25, seed=3)
     loader, whole = PatchLoader(data, 5, epochs=1), list(PatchLoader(data, 5, epochs=4))
     for epoch in (0, 1, 3):
@@ -172,10 +172,10 @@ def test_the_epoch_of_the_dataset_is_where_the_stream_begins(dataset: Path) -> N
         for found, wanted in zip(loader, whole[5 * epoch : 5 * epoch + 5], strict=True):
             assert torch.equal(found[1], wanted[1])
         assert loader.state_dict()["sample"] == 25 * (epoch + 1)
-    assert len(list(PatchLoader(data, 5, epochs=1, start=20))) == 1  # counted from sample 0, whatever the epoch
+    assert len(list(PatchLoader(data, 5, epochs=1, start=20))) == 1  # counted from sample 0
 
 
-def test_resuming_within_an_epoch_and_going_on_by_epochs(dataset: Path) -> None:
+def test_resume_within_an_epoch_then_set_epoch(dataset: Path) -> None:
     data = PatchDataset(dataset, 4, 8, length=25, seed=3)
     whole = [hr for _, hr in PatchLoader(data, 5, epochs=4)]
     data.set_epoch(1)
@@ -190,7 +190,7 @@ def test_resuming_within_an_epoch_and_going_on_by_epochs(dataset: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.uint8, np.int64, torch.tensor])
-def test_whole_numbers_of_any_type(dataset: Path, kind: Any) -> None:
+def test_loader_accepts_any_integer_type(dataset: Path, kind: Any) -> None:
     names = ("batch_size", "world_size", "start", "epochs", "readahead", "threads")
     loader = PatchLoader(PatchDataset(dataset, 4, 8), **{name: kind(2) for name in names}, rank=kind(1))
     assert len(list(islice(loader, 3))) == 3
@@ -199,12 +199,12 @@ def test_whole_numbers_of_any_type(dataset: Path, kind: Any) -> None:
 
 @pytest.mark.parametrize("name", ["batch_size", "rank", "world_size", "start", "epochs", "readahead", "threads"])
 @pytest.mark.parametrize("value", ["2", 2.0, 1.5, [2], b"2", 1 << 70])
-def test_other_things_are_no_whole_numbers(dataset: Path, name: str, value: Any) -> None:
+def test_loader_refuses_non_integers(dataset: Path, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got "):
         PatchLoader(PatchDataset(dataset, 4, 8), **({"batch_size": 2} | {name: value}))
 
 
-def test_other_datasets(dataset: Path) -> None:
+def test_loader_refuses_other_datasets(dataset: Path) -> None:
     data = PatchDataset(dataset, 4, 8)
     others: list[Any] = [ConcatDataset([data, data]), Subset(data, [1]), [data], dataset]
     for other in others:
@@ -237,18 +237,18 @@ def large_index(count: int) -> Index:
 
 
 @pytest.mark.long
-def test_the_identity_of_a_million_images() -> None:
-    """It is computed at the first state_dict(); the figure is for the eye, as machines differ."""
+def test_identity_of_a_million_images() -> None:
+    """Print the time of the first state_dict(); it depends on the machine, so nothing is asserted."""
     index = large_index(1_000_000)
     start = time.perf_counter()
     dataset_identity(index, 4)
     print(f"{time.perf_counter() - start:.2f} s")
 
 
-def test_pinned_batches_are_the_tensors_that_torch_gave(
+def test_pinned_batches_share_storage_with_torch(
     dataset: Path, monkeypatch: pytest.MonkeyPatch, pictures: dict[str, Pixels]
 ) -> None:
-    """torch's allocator keeps page-locked memory back until copies are done, if it knows the storage that is copied."""
+    """torch's allocator reuses page-locked memory only after copies of the storage that it returned."""
     given: dict[int, torch.Tensor] = {}
     real = torch.empty
 
@@ -270,4 +270,4 @@ def test_pinned_batches_are_the_tensors_that_torch_gave(
             assert part.is_contiguous(memory_format=torch.channels_last)
             for view in (part, part[2:], part[1:3, 1]):
                 assert view.untyped_storage()._cdata in given
-    assert len({part.data_ptr() for batch in kept for part in batch}) == 12  # never taken again by us
+    assert len({part.data_ptr() for batch in kept for part in batch}) == 12  # never reused by us

@@ -1,4 +1,4 @@
-"""What positional reads hold in memory before their turn is bounded in bytes, whatever the size of a batch."""
+"""The memory of positional reads ahead of time is bounded in bytes, whatever the batch size."""
 
 import threading
 import tracemalloc
@@ -17,7 +17,7 @@ from loader.ahead.budget import READ_BUFFERS, MemoryBudget
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of many tiles, so that crops touch several rows of them."""
+    """Images of many tiles, so that crops touch several rows of tiles."""
     folder = tmp_path_factory.mktemp("wide")
     for name in "ab":
         write_image(folder / "in" / f"{name}.png", photograph(900, 1200, ord(name)))
@@ -25,8 +25,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("batch_size", [8, 64])
-def test_memory_of_positional_reads(wide: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
-    """As numpy accounts for it: all that is allotted, touched or not. Without a bound it is 4 times as much here."""
+def test_positional_reads_stay_within_budget(wide: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+    """Measure all memory that numpy allocates. Without the budget it would be 4 times as much here."""
     held, most = [0], [0]
     acquire, release = MemoryBudget.acquire, MemoryBudget.release
 
@@ -42,7 +42,7 @@ def test_memory_of_positional_reads(wide: Path, monkeypatch: pytest.MonkeyPatch,
     try:
         with iter(PatchLoader(data, batch_size, io="pread", readahead=1500 // batch_size)) as stream:
             for _ in islice(stream, 5):
-                threading.Event().wait(0.2)  # reading has time to run ahead
+                threading.Event().wait(0.2)  # give reads time to run ahead
             peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -64,7 +64,7 @@ def test_two_batches_always_fit() -> None:
     assert taken == [5]
 
 
-def test_a_closed_room_keeps_nobody_waiting() -> None:
+def test_closing_the_budget_wakes_waiters() -> None:
     budget = MemoryBudget(10)
     for size in (100, 200):
         budget.acquire(size)
@@ -76,8 +76,8 @@ def test_a_closed_room_keeps_nobody_waiting() -> None:
     budget.acquire(1000)
 
 
-def test_many_small_reads_are_asked_for_at_once(wide: Path) -> None:
-    """A bound in bytes does not keep reads of small patches from running far ahead."""
+def test_small_patches_are_read_far_ahead(wide: Path) -> None:
+    """The budget in bytes does not limit the read-ahead of small patches."""
     reader = positional.PositionalReader
     asked = []
     ask = reader.ask

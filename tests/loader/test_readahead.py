@@ -1,4 +1,4 @@
-"""What is asked of the storage: exactly the bytes that crops touch, in few requests."""
+"""Requests to storage: exactly the bytes that crops touch, in few requests."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -26,7 +26,7 @@ def ranges_of(rows: list[tuple[int, int, int]]) -> Ranges:
 
 
 def touched(ranges: Ranges) -> dict[int, set[int]]:
-    """Every byte of every shard, in steps small enough to tell any two ranges apart."""
+    """Return the set of bytes of each shard."""
     found: dict[int, set[int]] = defaultdict(set)
     for shard, start, stop in ranges:
         found[shard] |= set(range(start, stop))
@@ -35,7 +35,7 @@ def touched(ranges: Ranges) -> dict[int, set[int]]:
 
 @settings(deadline=None, max_examples=50)
 @given(rows=RANGES)
-def test_merging_and_cutting_keep_the_bytes(rows: list[tuple[int, int, int]]) -> None:
+def test_merging_and_cutting_preserve_bytes(rows: list[tuple[int, int, int]]) -> None:
     ranges = ranges_of(rows)
     joined = merged(ranges)
     assert touched(joined) == touched(ranges)
@@ -48,7 +48,7 @@ def test_merging_and_cutting_keep_the_bytes(rows: list[tuple[int, int, int]]) ->
 
 
 @given(rows=RANGES)
-def test_pages(rows: list[tuple[int, int, int]]) -> None:
+def test_page_rounding(rows: list[tuple[int, int, int]]) -> None:
     ranges = ranges_of(rows)
     outer, inner = pages(ranges), inner_pages(ranges)
     for some in (outer, inner):
@@ -61,8 +61,8 @@ def test_pages(rows: list[tuple[int, int, int]]) -> None:
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 @pytest.mark.parametrize("patch", [1, 9, 16])
-def test_ranges_hold_the_crops(dataset: Path, scale: int, patch: int) -> None:
-    """Blank everything that is not asked for: crops are the same. Blank the ends of each range: they are not."""
+def test_ranges_are_exact(dataset: Path, scale: int, patch: int) -> None:
+    """Zeroing all bytes outside the ranges changes no crop, and both ends of each range belong to a crop."""
     shards = Shards(dataset)
     size = PatchSize(scale, patch)
     crops = Plan(*shards.index.sizes(scale), patch, 3, augment=True).crops(0, np.arange(12))
@@ -87,7 +87,7 @@ def test_ranges_hold_the_crops(dataset: Path, scale: int, patch: int) -> None:
             top, left = int(crops.top[k]) * zoom, int(crops.left[k]) * zoom
             crop = whole[top : top + plane.side, left : left + plane.side]
             np.testing.assert_array_equal(transformed(crop, int(crops.transform[k])), out[k])
-            # the first and the last byte of each range belong to a pixel of the crop
+            # The first and the last byte of each range belong to a pixel of the crop.
             mark = np.zeros_like(data)
             mark[mine.start] = 1
             mark[mine.stop - 1] = 1
@@ -114,7 +114,7 @@ def table(*lines: str) -> str:
         ("/data/again", "tmpfs", False),
     ],
 )
-def test_kinds_of_storage(monkeypatch: pytest.MonkeyPatch, folder: str, kind: str, network: bool) -> None:
+def test_file_systems(monkeypatch: pytest.MonkeyPatch, folder: str, kind: str, network: bool) -> None:
     mounts = table(
         "21 1 8:1 / / rw - ext4 /dev/sda1 rw",
         "22 21 0:41 / /data/scratch rw,relatime shared:7 - lustre 10.0.0.1@tcp:/scratch rw",
@@ -129,7 +129,7 @@ def test_kinds_of_storage(monkeypatch: pytest.MonkeyPatch, folder: str, kind: st
     assert storage.is_network(Path(folder)) is network
 
 
-def test_storage_without_a_mount_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_mount_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def missing(self: Path, **_: str) -> str:
         raise FileNotFoundError(self)
 
@@ -139,7 +139,7 @@ def test_storage_without_a_mount_table(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert storage.advice_limit(tmp_path) == storage.DEFAULT_READ_AHEAD
 
 
-def test_the_watch_falls_silent_and_wakes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = [0, 0]
     monkeypatch.setattr(storage, "storage_reads", lambda: (counts[0], counts[1]))
     watch = storage.StorageWatch()
@@ -147,29 +147,29 @@ def test_the_watch_falls_silent_and_wakes(monkeypatch: pytest.MonkeyPatch) -> No
     def looks(number: int) -> list[bool]:
         return [watch.storage_in_use() for _ in range(number)]
 
-    for _ in range(100):  # reading goes on
+    for _ in range(100):  # reads continue
         counts[1] += 4096
         assert watch.storage_in_use()
     assert looks(watch.QUIET) == [True] * (watch.QUIET - 1) + [False]
-    counts[1] += 4096  # something was read after all
+    counts[1] += 4096  # another read
     assert looks(watch.QUIET + 1) == [True] * watch.QUIET + [False]
-    counts[0] += 1  # a fault
+    counts[0] += 1  # a major page fault
     found = looks(watch.ALARM + watch.QUIET + 1)
     assert found == [True] * (watch.ALARM + watch.QUIET) + [False]
     monkeypatch.setattr(storage, "storage_reads", lambda: None)
     assert looks(2) == [True, True]
 
 
-def test_counts_of_the_system() -> None:
+def test_system_read_counts() -> None:
     before = storage.storage_reads()
     if before is None:
-        pytest.skip("this system does not count reads")
+        pytest.skip("needs read counts of the system")
     after = storage.storage_reads()
     assert after is not None
     assert all(b >= a >= 0 for a, b in zip(before, after, strict=True))
 
 
-def test_what_is_in_memory_is_not_asked_for(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_data_is_not_requested(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = Shards(dataset)
     crops = Plan(*shards.index.sizes(2), 16, 0, augment=True).crops(0, np.arange(8))
     monkeypatch.setattr(storage.StorageWatch, "storage_in_use", lambda self: False)

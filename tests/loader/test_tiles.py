@@ -1,4 +1,4 @@
-"""Cutting into tiles and gathering out of them, by numpy and by the compiled kernel."""
+"""Splitting images into tiles and gathering crops, with numpy and with the compiled kernel."""
 
 import ctypes
 import mmap
@@ -13,7 +13,7 @@ from loader.pixels.tiles import copy_crop, gather_crops, gather_kernel, split, t
 
 
 @given(height=st.integers(1, 70), width=st.integers(1, 70), tile=st.sampled_from([16, 32, 48]), data=st.data())
-def test_gather_undoes_split(height: int, width: int, tile: int, data: st.DataObject) -> None:
+def test_gather_inverts_split(height: int, width: int, tile: int, data: st.DataObject) -> None:
     image = np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), np.uint8)
     tiles = split(image, tile)
     assert tiles.shape == (-(-height // tile), -(-width // tile), tile, tile, 3)
@@ -32,7 +32,7 @@ def test_gather_undoes_split(height: int, width: int, tile: int, data: st.DataOb
     place=st.tuples(st.integers(0, 50), st.integers(0, 30)),
     number=st.integers(0, 7),
 )
-def test_kernel_and_fallback_turn_crops_alike(tile: int, side: int, place: tuple[int, int], number: int) -> None:
+def test_kernel_equals_fallback(tile: int, side: int, place: tuple[int, int], number: int) -> None:
     image = np.random.default_rng(side).integers(0, 256, (200, 180, 3), np.uint8)
     tiles = split(image, tile)
     top, left = place
@@ -43,7 +43,7 @@ def test_kernel_and_fallback_turn_crops_alike(tile: int, side: int, place: tuple
     for use in {gather_kernel, None}:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "gather_kernel", use)
-            out = np.full((3, side, side, 3), 99, np.uint8)  # the third tells whether anything is written beyond
+            out = np.full((3, side, side, 3), 99, np.uint8)  # the third detects writes beyond the second
             gather_crops(address, cols, tops, lefts, numbers, tile, out[:2])
         np.testing.assert_array_equal(out[0], expected)
         np.testing.assert_array_equal(out[1], expected)
@@ -52,7 +52,7 @@ def test_kernel_and_fallback_turn_crops_alike(tile: int, side: int, place: tuple
 
 @pytest.mark.parametrize("shift", [0, 16])
 def test_large_outputs(shift: int) -> None:
-    """Outputs that the caches do not hold are written past them, where they start on a cache line."""
+    """Outputs larger than the caches use non-temporal stores if they start on a cache line."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (700, 900, 3), np.uint8)
     tiles, count, side = split(image, 64), 43, 256
@@ -66,10 +66,10 @@ def test_large_outputs(shift: int) -> None:
         np.testing.assert_array_equal(out[k], transformed(crop, int(number[k])))
 
 
-def test_the_kernel_stays_within_its_pages() -> None:
-    """Tiles that end where the memory that may be read ends, and an output that ends where none may be written."""
+def test_kernel_stays_within_its_pages() -> None:
+    """Gather from tiles surrounded by pages that must not be accessed."""
     if gather_kernel is None:
-        pytest.skip("the compiled kernel is not in use here")
+        pytest.skip("needs the compiled kernel")
     side, libc = 64, ctypes.CDLL(None)
     with mmap.mmap(-1, 5 * mmap.PAGESIZE) as memory:
         data = np.frombuffer(memory, np.uint8)

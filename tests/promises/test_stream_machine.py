@@ -1,4 +1,4 @@
-"""PatchLoader under any sequence of what users do: make, iterate, drop, save, load, several at once, both ways."""
+"""PatchLoader as a state machine: random sequences of creating, iterating, dropping, saving and loading."""
 
 import gc
 import os
@@ -20,7 +20,7 @@ from torch import Tensor
 from loader import PatchDataset, PatchIterator, PatchLoader, ShardsError
 
 FOLDER, EXAMPLES = "SRSHARDS_TEST_FOLDER", "SRSHARDS_TEST_EXAMPLES"
-LENGTH, BATCHES = 12, 5  # of an epoch; given at most by an iterator
+LENGTH, BATCHES = 12, 5  # samples per epoch; most batches per advance
 WAYS = st.sampled_from(["mmap", "pread"])
 
 
@@ -28,8 +28,8 @@ def ours() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("srshards")]
 
 
-class Followed:
-    """An iterator, and what it must give next."""
+class Tracked:
+    """An iterator, and the sample that it must return next."""
 
     def __init__(self, loader: PatchLoader, sample: int) -> None:
         self.loader, self.stream, self.sample = loader, iter(loader), sample
@@ -45,16 +45,16 @@ class Cycle:
 
 class Machine(RuleBasedStateMachine):
     loaders: Bundle[PatchLoader] = Bundle("loaders")
-    streams: Bundle[Followed] = Bundle("streams")
+    streams: Bundle[Tracked] = Bundle("streams")
     states: Bundle[dict[str, Any]] = Bundle("states")
 
     @initialize()
     def begin(self) -> None:
         self.data = PatchDataset(os.environ[FOLDER], 2, 8, length=LENGTH, seed=5)
         self.pixels: dict[int, tuple[Tensor, Tensor]] = {}
-        self.places: dict[int, int] = {}  # of loaders: where their next iterator begins
-        self.newest: dict[int, Followed | None] = {}
-        self.kept: list[PatchLoader] = []  # so that their ids stay their own
+        self.positions: dict[int, int] = {}  # by loader: where its next iterator starts
+        self.newest: dict[int, Tracked | None] = {}
+        self.kept: list[PatchLoader] = []  # keeps their ids unique
 
     def wanted(self, sample: int) -> tuple[Tensor, Tensor]:
         if sample not in self.pixels:
@@ -70,7 +70,7 @@ class Machine(RuleBasedStateMachine):
     )  # fmt: skip
     def make(self, start: int, **options: Any) -> PatchLoader:
         loader = PatchLoader(self.data, start=start, **options)
-        self.places[id(loader)], self.newest[id(loader)] = start, None
+        self.positions[id(loader)], self.newest[id(loader)] = start, None
         self.kept.append(loader)
         return loader
 
@@ -78,38 +78,38 @@ class Machine(RuleBasedStateMachine):
     def iterate(self, loader: PatchLoader) -> Any:
         if len(ours()) > 60:
             return multiple()
-        followed = Followed(loader, self.places[id(loader)])
-        self.newest[id(loader)] = followed
-        return followed
+        tracked = Tracked(loader, self.positions[id(loader)])
+        self.newest[id(loader)] = tracked
+        return tracked
 
-    @rule(followed=streams, count=st.integers(1, BATCHES))
-    def advance(self, followed: Followed, count: int) -> None:
+    @rule(tracked=streams, count=st.integers(1, BATCHES))
+    def advance(self, tracked: Tracked, count: int) -> None:
         for _ in range(count):
-            batch = next(followed.stream, None)
-            if followed.closed:
+            batch = next(tracked.stream, None)
+            if tracked.closed:
                 assert batch is None
                 return
             assert batch is not None
-            assert len(batch[0]) == followed.loader.batch_size
+            assert len(batch[0]) == tracked.loader.batch_size
             for found in zip(*batch, strict=True):
-                assert all((a == b).all() for a, b in zip(found, self.wanted(followed.sample), strict=True))
-                followed.sample += 1
-            assert followed.stream.state_dict()["sample"] == followed.sample
+                assert all((a == b).all() for a, b in zip(found, self.wanted(tracked.sample), strict=True))
+                tracked.sample += 1
+            assert tracked.stream.state_dict()["sample"] == tracked.sample
 
-    @rule(followed=streams)
-    def close(self, followed: Followed) -> None:
-        followed.stream.close()
-        followed.closed = True
+    @rule(tracked=streams)
+    def close(self, tracked: Tracked) -> None:
+        tracked.stream.close()
+        tracked.closed = True
 
-    @rule(followed=consumes(streams), how=st.sampled_from(["count", "cycle", "exception", "frame", "another thread"]))
-    def drop(self, followed: Followed, how: str) -> None:
-        stream = followed.stream
-        del followed.stream
+    @rule(tracked=consumes(streams), how=st.sampled_from(["count", "cycle", "exception", "frame", "another thread"]))
+    def drop(self, tracked: Tracked, how: str) -> None:
+        stream = tracked.stream
+        del tracked.stream
         if how == "cycle":
             Cycle(stream)
         elif how == "exception":
             self.retry(stream)
-            followed.sample += 0 if followed.closed else followed.loader.batch_size  # that of the batch it failed at
+            tracked.sample += 0 if tracked.closed else tracked.loader.batch_size  # of the batch at which it failed
         elif how == "frame":
             cell: list[Any] = [stream]
             cell.append(lambda: cell)
@@ -125,7 +125,7 @@ class Machine(RuleBasedStateMachine):
             for _ in stream:
                 raise MemoryError
         except MemoryError as error:
-            kept = error  # noqa: F841  it refers to this frame, and this frame to it
+            kept = error  # noqa: F841  a reference cycle with this frame
 
     @rule()
     def collect(self) -> None:
@@ -135,19 +135,19 @@ class Machine(RuleBasedStateMachine):
     def save(self, loader: PatchLoader) -> dict[str, Any]:
         newest = self.newest[id(loader)]
         state = loader.state_dict()
-        assert state["sample"] == (self.places[id(loader)] if newest is None else newest.sample)
+        assert state["sample"] == (self.positions[id(loader)] if newest is None else newest.sample)
         return state
 
-    @rule(target=states, followed=streams)
-    def save_iterator(self, followed: Followed) -> dict[str, Any]:
-        state = followed.stream.state_dict()
-        assert state["sample"] == followed.sample
+    @rule(target=states, tracked=streams)
+    def save_iterator(self, tracked: Tracked) -> dict[str, Any]:
+        state = tracked.stream.state_dict()
+        assert state["sample"] == tracked.sample
         return state
 
     @rule(loader=loaders, state=states)
     def load(self, loader: PatchLoader, state: dict[str, Any]) -> None:
         loader.load_state_dict(state)
-        self.places[id(loader)], self.newest[id(loader)] = state["sample"], None
+        self.positions[id(loader)], self.newest[id(loader)] = state["sample"], None
 
     @rule(loader=loaders, state=states, key=st.sampled_from(["seed", "length", "datasets", "sample"]))
     def load_another(self, loader: PatchLoader, state: dict[str, Any], key: str) -> None:
@@ -156,15 +156,15 @@ class Machine(RuleBasedStateMachine):
             loader.load_state_dict(state | {key: {"datasets": ["0" * 64], "sample": -1}.get(key, 77)})
         assert loader.state_dict() == before
 
-    @rule(loader=loaders, followed=streams)
-    def fork(self, loader: PatchLoader, followed: Followed) -> None:
+    @rule(loader=loaders, tracked=streams)
+    def fork(self, loader: PatchLoader, tracked: Tracked) -> None:
         pid = os.fork()
         if not pid:
-            signal.alarm(60)  # shows the stacks of all threads
+            signal.alarm(60)  # dump the stacks of all threads
             code = 1
             try:
                 (lr, _hr), _ = zip(*(next(stream) for stream in [iter(loader)] * 2), strict=True)
-                del followed.stream
+                del tracked.stream
                 gc.collect()
                 code = 0 if len(lr) == loader.batch_size else 2
             finally:
@@ -188,8 +188,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(folder / "in", folder / "out", scales=(2,), images_per_shard=1, container="raw")
 
 
-def watched(folder: Path, examples: int, limit: int) -> None:
-    """In a process of its own, for what hangs there shows the stacks of all threads, and ends."""
+def run_machine(folder: Path, examples: int, limit: int) -> None:
+    """Run the machine in its own process; if it hangs, that dumps the stacks of all threads and ends."""
     environment = os.environ | {FOLDER: str(folder), EXAMPLES: str(examples), "LIMIT": str(limit)}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(
@@ -199,13 +199,13 @@ def watched(folder: Path, examples: int, limit: int) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
 
 
-def test_any_sequence_of_uses(small: Path) -> None:
-    watched(small, 5, 300)
+def test_random_use(small: Path) -> None:
+    run_machine(small, 5, 300)
 
 
 @pytest.mark.long
-def test_any_long_sequence_of_uses(small: Path) -> None:
-    watched(small, 100, 600)
+def test_long_random_use(small: Path) -> None:
+    run_machine(small, 100, 600)
 
 
 def main() -> None:
@@ -223,7 +223,7 @@ def main() -> None:
             stateful_step_count=30,
             deadline=None,
             database=None,
-            phases=[Phase.generate],  # shrinking takes hours where threads are at work
+            phases=[Phase.generate],  # shrinking takes hours with threads
             suppress_health_check=checks,
         ),
     )

@@ -1,4 +1,4 @@
-"""Loaders, threads, forks and builds at once: every sample compared with the slow path, every dataset whole."""
+"""Concurrent loaders, threads, forks and builds: every sample equals the slow path, every dataset is consistent."""
 
 import random
 import threading
@@ -26,7 +26,7 @@ LENGTH = 50
 
 
 def slow_path(data: PatchDataset, pictures: dict[str, Pixels]) -> Callable[[int], tuple[Pixels, Pixels]]:
-    """A function that gives global sample g by slicing the images."""
+    """Return a function that returns sample g of the stream by slicing the images."""
     whole = {}
     for name, hr in pictures.items():
         cropped = hr[: hr.shape[0] // data.scale * data.scale, : hr.shape[1] // data.scale * data.scale]
@@ -46,7 +46,7 @@ def slow_path(data: PatchDataset, pictures: dict[str, Pixels]) -> Callable[[int]
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
-def test_many_loaders_threads_and_forks(dataset: Path, pictures: dict[str, Pixels]) -> None:
+def test_concurrent_loaders_threads_and_forks(dataset: Path, pictures: dict[str, Pixels]) -> None:
     rng = random.Random(0)
     end, loaders, forks, samples = time.monotonic() + SECONDS, 0, 0, 0
     with ThreadPoolExecutor(4) as pool:
@@ -107,10 +107,10 @@ def test_eight_workers(dataset: Path, pictures: dict[str, Pixels], start: str) -
 
 
 def read_while_building(folder: Path, pictures: dict[str, Pixels], place: Path, seconds: float, builds: int) -> str:
-    """Build two datasets of equal lengths over each other, at least so often and so long, while readers open them."""
+    """Overwrite one dataset with another again and again while readers open it; return a summary."""
     for path in folder.iterdir():
         write_image(place / "others" / path.name, 255 - pictures[path.stem])
-    told, out, building = Counter[str](), place / "out", threading.Event()
+    counts, out, building = Counter[str](), place / "out", threading.Event()
     building.set()
 
     def read() -> None:
@@ -120,7 +120,7 @@ def read_while_building(folder: Path, pictures: dict[str, Pixels], place: Path, 
                 found = [shards.read(image, HR) for image in range(len(shards.index.name))]
                 tops = [shards.tiles(image, HR)[0, 0].copy() for image in range(len(found))]
             except FormatError:
-                told["refused"] += 1
+                counts["refused"] += 1
                 continue
             inverted = bool((found[0] != pictures[shards.index.name[0]]).any())
             for name, pixels, top in zip(shards.index.name, found, tops, strict=True):
@@ -128,23 +128,24 @@ def read_while_building(folder: Path, pictures: dict[str, Pixels], place: Path, 
                 np.testing.assert_array_equal(pixels, wanted)
                 side = min(64, *wanted.shape[:2])
                 np.testing.assert_array_equal(top[:side, :side], wanted[:side, :side])
-            told["inverted" if inverted else "plain"] += 1
+            counts["inverted" if inverted else "plain"] += 1
 
     end = time.monotonic() + seconds
     with ThreadPoolExecutor(3) as pool:
         readers = [pool.submit(read) for _ in range(3)]
         try:
-            while time.monotonic() < end or told["builds"] < builds or not told["inverted"] * told["plain"]:
-                source = (folder, place / "others")[told["builds"] % 2]
+            while time.monotonic() < end or counts["builds"] < builds or not counts["inverted"] * counts["plain"]:
+                source = (folder, place / "others")[counts["builds"] % 2]
                 build(source, out, images_per_shard=1, overwrite=True)
-                told["builds"] += 1
+                counts["builds"] += 1
                 if any(reader.done() for reader in readers):
                     break
         finally:
             building.clear()
         for reader in readers:
             reader.result()
-    return f"{told['builds']} builds, {told['plain'] + told['inverted']} datasets read whole, {told['refused']} refused"
+    whole = counts["plain"] + counts["inverted"]
+    return f"{counts['builds']} builds, {whole} datasets read whole, {counts['refused']} refused"
 
 
 def test_readers_during_builds(folder: Path, pictures: dict[str, Pixels], tmp_path: Path) -> None:

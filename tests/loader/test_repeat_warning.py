@@ -1,4 +1,4 @@
-"""Whoever draws the same crops of a PatchDataset all over again is told so once, and nobody else is."""
+"""Drawing the same crops of a PatchDataset repeatedly warns once; legitimate use does not warn."""
 
 import copy
 import errno
@@ -28,12 +28,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:
 
 @pytest.fixture(scope="module")
 def dataset(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One container is enough here."""
+    """The container does not matter here: build one."""
     return build(folder, tmp_path_factory.mktemp("shards") / "raw", container="raw", scales=(4,))
 
 
-def told(draw: Callable[[], object]) -> list[str]:
-    """Run it, and give the warnings."""
+def warnings_of(draw: Callable[[], object]) -> list[str]:
+    """Call a function; return its UserWarnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         draw()
@@ -45,7 +45,7 @@ def make(dataset: Path, length: int = 100, **options: Any) -> PatchDataset:
 
 
 def batches(loader: Any, count: int | None = None) -> int:
-    """An epoch of a trainer, or its first batches, as Lightning's limit_train_batches takes them."""
+    """Read an epoch, or its first `count` batches as with Lightning's limit_train_batches; return the number read."""
     n = 0
     for n, _ in enumerate(loader, 1):
         if n == count:
@@ -53,8 +53,8 @@ def batches(loader: Any, count: int | None = None) -> int:
     return n
 
 
-def test_epochs_without_set_epoch(dataset: Path) -> None:
-    """Any trainer's loop; the text names all remedies, and the warning is at the line that drew."""
+def test_epochs_without_set_epoch_warn_once(dataset: Path) -> None:
+    """The message names all remedies; the warning points at the line that drew."""
     data = make(dataset)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -72,31 +72,31 @@ def test_epochs_without_set_epoch(dataset: Path) -> None:
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("limit", [None, 10])
-def test_lightnings_way(dataset: Path, shuffle: bool, limit: int | None) -> None:
-    """Three epochs of ten batches each: 10 distinct batches out of 30."""
+def test_lightning_style_loops_warn(dataset: Path, shuffle: bool, limit: int | None) -> None:
+    """Read three epochs of ten batches each: 10 distinct batches out of 30."""
     data = make(dataset, 40 if limit else 100)
     loader = DataLoader(data, 4, shuffle=shuffle)
-    (text,) = told(lambda: [batches(loader, limit) for _ in range(3)])
+    (text,) = warnings_of(lambda: [batches(loader, limit) for _ in range(3)])
     assert WORDS in text
 
 
-def test_few_batches_of_a_long_epoch(dataset: Path) -> None:
+def test_few_batches_of_a_long_epoch_warn(dataset: Path) -> None:
     data = make(dataset, 10_000_000)
     loader = DataLoader(data, 8)
-    assert not told(lambda: [batches(loader, 10) for _ in range(2)])
-    assert len(told(lambda: batches(loader, 10))) == 1
+    assert not warnings_of(lambda: [batches(loader, 10) for _ in range(2)])
+    assert len(warnings_of(lambda: batches(loader, 10))) == 1
     part = make(dataset, 10_000_000)
-    assert len(told(lambda: [batches(DataLoader(Subset(part, range(70)), 7)) for _ in range(3)])) == 1
+    assert len(warnings_of(lambda: [batches(DataLoader(Subset(part, range(70)), 7)) for _ in range(3)])) == 1
 
 
-def test_an_enlarging_sampler(dataset: Path) -> None:
-    """BasicSR's, with ratio 5: 200 draws in an epoch, 40 crops."""
+def test_enlarging_sampler_warns(dataset: Path) -> None:
+    """BasicSR's EnlargedSampler with ratio 5: 200 draws of 40 crops per epoch."""
     data = make(dataset, 40)
     sampler = [n % 40 for n in torch.randperm(200).tolist()]
-    assert len(told(lambda: batches(DataLoader(data, 8, sampler=sampler)))) == 1
+    assert len(warnings_of(lambda: batches(DataLoader(data, 8, sampler=sampler)))) == 1
 
 
-def draws_that_are_fine(dataset: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+def legitimate_uses(dataset: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     data = make(dataset)
 
     def with_set_epoch() -> None:
@@ -108,9 +108,9 @@ def draws_that_are_fine(dataset: Path) -> Iterator[tuple[str, Callable[[], Any]]
     one = make(dataset)
     yield "one epoch", lambda: batches(DataLoader(one, 8))
     look = make(dataset)
-    yield "a look, then an epoch", lambda: ([look[0] for _ in range(9)], batches(DataLoader(look, 8)))
+    yield "some samples, then an epoch", lambda: ([look[0] for _ in range(9)], batches(DataLoader(look, 8)))
     loader = DataLoader(make(dataset, 1000), 8)
-    yield "a batch for its shape, then an epoch", lambda: (next(iter(loader)), batches(loader))
+    yield "a batch, then an epoch", lambda: (next(iter(loader)), batches(loader))
     many = DataLoader(make(dataset, 1000), 64)
     yield "several batches, then an epoch", lambda: (batches(many, 4), batches(many))
     again = make(dataset, 1000)
@@ -125,28 +125,28 @@ def draws_that_are_fine(dataset: Path) -> Iterator[tuple[str, Callable[[], Any]]
     yield "other datasets", lambda: [batches(DataLoader(other, 8)) for other in others]
     streamed = make(dataset)
     yield "PatchLoader", lambda: [batches(PatchLoader(streamed, 8, epochs=3)) for _ in range(3)]
-    told_where = make(dataset)
-    yield "crop", lambda: [told_where.crop(n) for _ in range(9) for n in range(100)]
+    positions = make(dataset)
+    yield "crop", lambda: [positions.crop(n) for _ in range(9) for n in range(100)]
 
 
-def test_who_is_not_told(dataset: Path) -> None:
+def test_legitimate_use_does_not_warn(dataset: Path) -> None:
     torch.manual_seed(0)
-    for name, draw in draws_that_are_fine(dataset):
-        assert told(draw) == [], name
+    for name, draw in legitimate_uses(dataset):
+        assert warnings_of(draw) == [], name
 
 
-def test_the_same_epoch_again(dataset: Path) -> None:
-    """Whoever says which epoch it is knows: one may be tried again, after a failure."""
+def test_setting_the_same_epoch_restarts_the_record(dataset: Path) -> None:
+    """A user may repeat an epoch on purpose, after a failure."""
     data = make(dataset)
     for _ in range(3):
         data.set_epoch(4)
-        assert not told(lambda: list(data))
-    (text,) = told(lambda: list(data))
+        assert not warnings_of(lambda: list(data))
+    (text,) = warnings_of(lambda: list(data))
     assert "the same crops of epoch 4 are being" in text
 
 
-def test_fixed_crops_stay(dataset: Path) -> None:
-    """Frameworks call set_epoch on whatever has it; validation crops are those of epoch 0 all the same."""
+def test_fixed_crops_ignore_set_epoch(dataset: Path) -> None:
+    """Frameworks call set_epoch on any dataset that has it; validation crops stay those of epoch 0."""
     data, plain = make(dataset, fixed=True), make(dataset)
     data.set_epoch(3)
     assert data.epoch == 0
@@ -189,8 +189,8 @@ if __name__ == "__main__":
         ("spawn", True, "repeat"),
     ],
 )
-def test_workers(dataset: Path, tmp_path: Path, start: str, persistent: bool, how: str) -> None:
-    """The record is that of all workers, of those that come later too; one warning from all of them."""
+def test_record_is_shared_by_workers(dataset: Path, tmp_path: Path, start: str, persistent: bool, how: str) -> None:
+    """Current and later workers share one record and warn once."""
     script = tmp_path / "train.py"
     script.write_text(WORKERS)
     run = subprocess.run(
@@ -203,8 +203,8 @@ def test_workers(dataset: Path, tmp_path: Path, start: str, persistent: bool, ho
     assert run.stdout == ("epoch 2\n" if how == "set_epoch" else "epoch 0\n")
 
 
-def test_spawned_workers_that_do_not_persist(dataset: Path) -> None:
-    """Each epoch has workers of its own: what they drew is kept by their parent."""
+def test_record_outlives_spawned_workers(dataset: Path) -> None:
+    """Each epoch has new workers; the parent keeps the record of what they drew."""
     data = make(dataset, 40)
     loader = DataLoader(data, 8, num_workers=1, multiprocessing_context="spawn")
     batches(loader)
@@ -213,7 +213,7 @@ def test_spawned_workers_that_do_not_persist(dataset: Path) -> None:
     assert not data._state._seen.any()
 
 
-def test_copies_have_records_of_their_own(dataset: Path) -> None:
+def test_copies_have_their_own_record(dataset: Path) -> None:
     data = make(dataset)
     data.set_epoch(5)
     list(data)
@@ -221,15 +221,15 @@ def test_copies_have_records_of_their_own(dataset: Path) -> None:
         assert other.epoch == 5
         assert len(other) == 100
         assert other.crop(7) == data.crop(7)
-        assert not told(partial(list, other))
+        assert not warnings_of(partial(list, other))
         other.set_epoch(6)
         assert data.epoch == 5
     assert len(pickle.dumps(make(dataset, 1 << 20))) < 1200
     assert pickle.loads(pickle.dumps(make(dataset, fixed=True))).fixed
 
 
-def test_a_pickled_dataset_shares_with_its_own_workers(dataset: Path) -> None:
-    """The epoch of a dataset that was pickled reaches persistent workers, as that of any other."""
+def test_unpickled_dataset_shares_epoch_with_its_workers(dataset: Path) -> None:
+    """Persistent workers of an unpickled dataset see its epoch change."""
     data = pickle.loads(pickle.dumps(make(dataset, 16)))
     loader = DataLoader(data, 16, num_workers=1, persistent_workers=True, multiprocessing_context="fork")
     drawn = []
@@ -240,26 +240,26 @@ def test_a_pickled_dataset_shares_with_its_own_workers(dataset: Path) -> None:
     assert torch.equal(drawn[2][5], data[5][1])
 
 
-def test_a_dataset_handed_over_by_multiprocessing_shares(dataset: Path) -> None:
+def test_dataset_sent_by_multiprocessing_shares_epoch(dataset: Path) -> None:
     queue = torch.multiprocessing.get_context("fork").SimpleQueue()
     data = make(dataset)
     queue.put(data)
     other = queue.get()
     data.set_epoch(9)
     assert other.epoch == 9
-    assert not told(lambda: list(data))
-    assert len(told(lambda: list(other))) == 1
+    assert not warnings_of(lambda: list(data))
+    assert len(warnings_of(lambda: list(other))) == 1
     queue.close()
 
 
-def test_descriptors_end_with_the_dataset(dataset: Path) -> None:
+def test_dropping_dataset_closes_descriptors(dataset: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):
         make(dataset)
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
-def test_long_epochs_take_little_memory(dataset: Path) -> None:
+def test_long_epochs_use_little_memory(dataset: Path) -> None:
     data = make(dataset, 1 << 61)
     assert len(data._state._seen) == epoch_module.TRACKED == 1 << 20
     data[(1 << 61) - 1]
@@ -270,8 +270,8 @@ def no_memory(name: str, flags: int) -> int:
     raise OSError(errno.ENOSYS, "Function not implemented")
 
 
-def test_without_shared_files(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forked workers share all the same; of spawned ones it is said that they do not."""
+def test_without_memfd(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forked workers still share the epoch; spawned ones trigger a warning."""
     monkeypatch.setattr(os, "memfd_create", no_memory)
     data = make(dataset, 40)
     loader = DataLoader(data, 8, num_workers=2, persistent_workers=True, multiprocessing_context="fork")
@@ -280,15 +280,15 @@ def test_without_shared_files(dataset: Path, monkeypatch: pytest.MonkeyPatch) ->
         drawn = torch.cat([lr for lr, _ in loader])
         for n in range(0, 40, 7):
             assert torch.equal(drawn[n], data[n][0])
-    assert len(told(lambda: list(data))) == 1
+    assert len(warnings_of(lambda: list(data))) == 1
     other = make(dataset, 40)
     spawned = DataLoader(other, 8, num_workers=1, multiprocessing_context="spawn")
-    (text,) = told(lambda: batches(spawned))
+    (text,) = warnings_of(lambda: batches(spawned))
     assert "spawned workers on this system: they keep drawing from the epoch at their start" in text
 
 
 def test_without_torchs_shared_memory(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full /dev/shm, or one that cannot be written: PatchDataset needs none of it."""
+    """PatchDataset works if /dev/shm is full or read-only."""
 
     def full(*_: object) -> None:
         raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
@@ -297,11 +297,11 @@ def test_without_torchs_shared_memory(dataset: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
     data = make(dataset)
     data.set_epoch(1)
-    assert not told(lambda: list(data))
+    assert not warnings_of(lambda: list(data))
 
 
-def test_dev_shm_read_only(dataset: Path) -> None:
-    """For real, in a mount namespace."""
+def test_read_only_dev_shm(dataset: Path) -> None:
+    """Mount /dev/shm read-only in a mount namespace."""
     code = (
         "from loader import PatchDataset\n"
         f"data = PatchDataset({str(dataset)!r}, 4, 4, length=8)\n"
@@ -319,8 +319,8 @@ def test_dev_shm_read_only(dataset: Path) -> None:
     assert run.stderr.splitlines()[-1] == "OSError: [Errno 30] Read-only file system: '/dev/shm/x'"
 
 
-def test_memory_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit on file sizes, or on memory files: the descriptor is closed, and other memory taken."""
+def test_ftruncate_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If memfd cannot grow, close it and use anonymous memory."""
     before = len(list(Path("/proc/self/fd").iterdir()))
 
     def too_large(descriptor: int, size: int) -> None:
@@ -333,7 +333,7 @@ def test_memory_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_repeats_within_a_batch_and_the_one_warning() -> None:
+def test_repeats_within_a_batch() -> None:
     state = EpochState(100, record=True)
     assert not state.repeats(np.zeros(32, np.int64))  # 31 repeats of one sample
     assert state.repeats(np.zeros(1, np.int64))
@@ -346,4 +346,4 @@ def test_repeats_within_a_batch_and_the_one_warning() -> None:
 def test_batch_samplers(dataset: Path) -> None:
     data = make(dataset, 64)
     loader = DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 8, drop_last=True))
-    assert len(told(lambda: [batches(loader) for _ in range(2)])) == 1
+    assert len(warnings_of(lambda: [batches(loader) for _ in range(2)])) == 1

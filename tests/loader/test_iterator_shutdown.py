@@ -1,4 +1,4 @@
-"""Iterators end, however they are dropped: by the garbage collector, an exception, a fork, the interpreter's end."""
+"""Iterators shut down however they are dropped: by the garbage collector, an exception, a fork, interpreter exit."""
 
 import subprocess
 import sys
@@ -12,12 +12,12 @@ from helpers import build, photograph, write_image
 
 WAYS = ["mmap", "pread"]
 LONG = pytest.mark.long
-SOME = [pytest.param("mmap", marks=LONG), "pread"]  # the way with more threads is tried always
-# What hangs is shown with the stacks of all threads, and ends.
+SOME = [pytest.param("mmap", marks=LONG), "pread"]  # the one with more threads always runs
+# A program that hangs dumps the stacks of all threads and is killed.
 PREAMBLE = """
 import faulthandler, gc, os, signal, sys, threading, time, warnings
 from itertools import islice
-faulthandler.register(signal.SIGALRM, chain=True)  # its own timer would keep forked children from ending
+faulthandler.register(signal.SIGALRM, chain=True)  # faulthandler's own timer would keep forked children alive
 signal.alarm({limit})
 from loader import PatchDataset, PatchLoader, ShardsError
 data = PatchDataset({folder!r}, 2, 8, length=40)
@@ -45,7 +45,7 @@ def child_ends(pid):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset that costs little to read."""
+    """A small dataset."""
     folder = tmp_path_factory.mktemp("small")
     for name in "abc":
         write_image(folder / "in" / f"{name}.png", photograph(48, 48, ord(name)))
@@ -53,7 +53,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, io: str, code: str, limit: int = 150) -> subprocess.CompletedProcess[str]:
-    """Run a program with such an iterator to its end, which must be a quiet one."""
+    """Run a program that uses iterators; it must exit with code 0 and print no errors."""
     text = PREAMBLE.format(folder=str(folder), io=io, limit=limit) + textwrap.dedent(code)
     command = [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning", "-c", text]
     done = subprocess.run(command, capture_output=True, text=True, timeout=limit + 60, check=False)
@@ -77,7 +77,7 @@ def retried():
     except MemoryError as error:
         kept = error
 
-gc.set_threshold(40)  # it runs often, and so in the midst of starting threads and of asking for batches
+gc.set_threshold(40)  # collect often, also while threads start and batches are requested
 for n in range({count}):
     if n % 2: retried()
     else: Trainer()
@@ -89,20 +89,20 @@ print(len(next(iter(loader()))))
 
 
 @pytest.mark.parametrize("io", WAYS)
-def test_the_garbage_collector_may_end_iterators(small: Path, io: str) -> None:
+def test_garbage_collected_iterators(small: Path, io: str) -> None:
     assert run(small, io, CYCLES.format(count=120)).stdout == "2\n"
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("io", WAYS)
-def test_the_garbage_collector_may_end_thousands_of_iterators(small: Path, io: str) -> None:
+def test_thousands_of_garbage_collected_iterators(small: Path, io: str) -> None:
     assert run(small, io, CYCLES.format(count=5000), limit=1500).stdout == "2\n"
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("io", WAYS)
-def test_a_finaliser_may_even_close_an_iterator(small: Path, io: str) -> None:
-    """Frameworks do: `__del__` that closes what it owns, run by the collector in any thread, ours included."""
+def test_finaliser_closes_an_iterator(small: Path, io: str) -> None:
+    """Frameworks close what they own in `__del__`; the collector may run it in any thread, including ours."""
     code = """
     class Trainer:
         def __init__(self):
@@ -123,8 +123,8 @@ def test_a_finaliser_may_even_close_an_iterator(small: Path, io: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("io", WAYS)
-def test_a_dataset_that_leads_to_its_iterator(small: Path, io: str) -> None:
-    """The threads, which nothing collects, do not hold the dataset."""
+def test_dataset_referring_to_its_iterator(small: Path, io: str) -> None:
+    """Running threads do not keep the dataset alive."""
     code = """
     def make():
         own = PatchDataset(data.shards.folder, 2, 8)
@@ -138,8 +138,8 @@ def test_a_dataset_that_leads_to_its_iterator(small: Path, io: str) -> None:
 
 
 @pytest.mark.parametrize("io", SOME)
-def test_forks_while_batches_are_made(small: Path, io: str) -> None:
-    """Whatever locks other threads hold at that moment: the child may drop, use, close or keep what it inherited."""
+def test_fork_during_iteration(small: Path, io: str) -> None:
+    """Whatever locks threads hold at that moment, the child may drop, use, close or keep what it inherited."""
     code = """
     def child(stream, n):
         if n % 5 == 0:
@@ -156,7 +156,7 @@ def test_forks_while_batches_are_made(small: Path, io: str) -> None:
             stream.close()
         elif n % 5 == 3:
             again = loader_here.state_dict()
-            assert [len(lr) for lr, _ in islice(loader_here, 30)] == [2] * 30  # longer than what was made ahead
+            assert [len(lr) for lr, _ in islice(loader_here, 30)] == [2] * 30  # more than the read-ahead
             assert len(data[3]) == 2
             assert descriptors() < 40
     loader_here = loader(threads=3, readahead=30)
@@ -179,7 +179,7 @@ def test_forks_while_batches_are_made(small: Path, io: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("io", WAYS)
-def test_an_iterator_not_begun_belongs_to_whoever_begins(small: Path, io: str) -> None:
+def test_unstarted_iterator_after_fork(small: Path, io: str) -> None:
     code = """
     stream = iter(loader())
     pid = os.fork()
@@ -195,21 +195,21 @@ def test_an_iterator_not_begun_belongs_to_whoever_begins(small: Path, io: str) -
 
 ENDS = {
     "alive": "stream = iter(loader())\nnext(stream)",
-    "kept by an exception": (
+    "referenced by an exception": (
         "try:\n    for batch in loader(): raise MemoryError\nexcept MemoryError as error: kept = error"
     ),
     "by a daemon thread": (
         "threading.Thread(target=lambda: [None for _ in loader()], daemon=True).start()\ntime.sleep(0.3)"
     ),
-    "by a daemon thread that says so": (
+    "by a daemon thread that calls next": (
         "def use():\n    stream = iter(loader())\n    while True: next(stream)\n"
         "threading.Thread(target=use, daemon=True).start()\ntime.sleep(0.3)"
     ),
-    "by daemon threads that begin anew": (
+    "by daemon threads that start new iterators": (
         "def use():\n    while True:\n        for batch in loader(epochs=1): pass\n"
         "for _ in range(3): threading.Thread(target=use, daemon=True).start()\ntime.sleep(0.3)"
     ),
-    "by a daemon thread that waits": (
+    "by a daemon thread that waits for slow reads": (
         "from loader.pixels import files\nreal = files.Files.read\nfrom loader.ahead.advice import MappedReader\n"
         "gather = MappedReader.gather\n"
         "files.Files.read = lambda *a: time.sleep(0.2) or real(*a)\n"
@@ -225,8 +225,8 @@ ENDS = {
 
 
 QUICK = [
-    ("by daemon threads that begin anew", "pread"),
-    ("by a daemon thread that waits", "mmap"),
+    ("by daemon threads that start new iterators", "pread"),
+    ("by a daemon thread that waits for slow reads", "mmap"),
     ("by another thread", "pread"),
 ]
 
@@ -235,14 +235,14 @@ QUICK = [
     ("way", "io"),
     [pytest.param(way, io, marks=[] if (way, io) in QUICK else LONG) for way in ENDS for io in WAYS],
 )
-def test_the_interpreter_ends_quietly(small: Path, io: str, way: str) -> None:
+def test_interpreter_exits_quietly(small: Path, io: str, way: str) -> None:
     printed = run(small, io, ENDS[way]).stdout
     assert printed == {"by another thread": "400\n", "at exit": "2\n"}.get(way, "")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("io", WAYS)
-def test_storage_that_hangs_does_not_keep_the_interpreter(small: Path, io: str) -> None:
+def test_interpreter_exits_despite_hanging_storage(small: Path, io: str) -> None:
     code = """
     from loader.pixels import files
     from loader.ahead import advice as mapped
@@ -259,7 +259,7 @@ def test_storage_that_hangs_does_not_keep_the_interpreter(small: Path, io: str) 
 
 
 @pytest.mark.parametrize("io", SOME)
-def test_another_thread_may_close(small: Path, io: str) -> None:
+def test_close_from_another_thread(small: Path, io: str) -> None:
     code = """
     for n in range(40):
         stream, given = iter(loader(threads=1 + n % 3)), []
@@ -276,8 +276,8 @@ def test_another_thread_may_close(small: Path, io: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("io", WAYS)
-def test_an_interrupt_loses_nothing(small: Path, io: str) -> None:
-    """Ctrl-C in a notebook: the next cell goes on with the same iterator."""
+def test_interrupt_loses_no_batch(small: Path, io: str) -> None:
+    """After Ctrl-C in a notebook, the next cell continues with the same iterator."""
     code = """
     signal.alarm(0)
     signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -296,21 +296,21 @@ def test_an_interrupt_loses_nothing(small: Path, io: str) -> None:
             interrupts += 1
             continue
         except RuntimeError:
-            break  # it came while the turn was taken or given back: no hang either
+            break  # interrupted while the iterator was acquired or released: it does not hang
         if batch is None: break
         given.append(batch)
     signal.setitimer(signal.ITIMER_REAL, 0)
     print(interrupts > 3, len(given) > 3)
     """
-    # An interrupt may also come where the loop above cannot catch it; then nothing is to be seen here.
+    # An interrupt may also arrive outside the `try` above; then there is nothing to check.
     text = PREAMBLE.format(folder=str(small), io=io, limit=100) + textwrap.dedent(code)
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=160, check=False)
     assert done.stdout == "True True\n" or "KeyboardInterrupt" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("io", SOME)
-def test_without_threads_there_is_an_error(small: Path, io: str) -> None:
-    """As under `ulimit -u`, or -v: "can't start new thread"; nothing is left behind, and exit does not wait."""
+def test_thread_limit_is_an_error(small: Path, io: str) -> None:
+    """As under `ulimit -u` or `-v`: no thread is left behind, and exit does not wait."""
     code = """
     real, started = threading.Thread.start, []
     def start(self):
@@ -336,8 +336,8 @@ def test_without_threads_there_is_an_error(small: Path, io: str) -> None:
 
 
 @pytest.mark.long
-def test_workers_and_positional_reads(small: Path) -> None:
-    """Forked workers of a DataLoader read for themselves, and leave nothing behind, whatever the parent is doing."""
+def test_positional_reads_in_workers(small: Path) -> None:
+    """Forked DataLoader workers have their own readers and leave nothing behind, whatever the parent does."""
     code = """
     import torch, functools
     from loader import dataset
@@ -383,8 +383,8 @@ def test_one_thread_at_a_time(small: Path) -> None:
     assert "one thread at a time" in run(small, "mmap", code).stdout
 
 
-def test_errors_come_once(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With their own types, and then the iteration has ended."""
+def test_errors_are_raised_once(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors keep their type; then the iterator is exhausted."""
     from loader import PatchDataset, PatchLoader
     from loader.ahead.advice import MappedReader
 
