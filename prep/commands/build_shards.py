@@ -1,11 +1,9 @@
 """The `build-shards` command."""
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
@@ -95,6 +93,7 @@ def build_shards(
         raise click.UsageError("--out is required with several SOURCEs")
     from prep.build.build import build_dataset
     from prep.build.check import describe_skipped
+    from prep.console.interrupts import interruptible
     from prep.console.progress import Progress
     from prep.images.decoders import configure_decoders
     from prep.images.find import find_images
@@ -118,14 +117,18 @@ def build_shards(
         max_pixels=max_pixels,
     )
     plan = plan_dataset(images, recipe, folder, lr, tell)
-    signal.signal(signal.SIGTERM, _interrupt)
-    with Progress(len(images), "image") as progress:
+    with interruptible() as check_interrupt, Progress(len(images), "image") as progress:
+
+        def report(done: int) -> None:
+            progress(done)
+            check_interrupt()
+
         summary = build_dataset(
             plan,
             _cores() if workers is None else workers,
             skip_bad=on_error == "skip",
             overwrite=overwrite,
-            report=progress,
+            report=report,
             note=tell,
             retry=retry_skipped,
         )
@@ -166,8 +169,3 @@ def _default_name(source: Path) -> str:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Treat SIGTERM as Ctrl-C, which stops the workers and removes incomplete shards."""
-    raise KeyboardInterrupt
