@@ -121,8 +121,9 @@ def slow(ways: list[Way], work: Path, scale: int, settings: Settings, say: Calla
 
 def pick(work: Path, scale: int, settings: Settings) -> Task:
     """Return crops that share no pages, as many as requested or available."""
-    every = settings.task(work, scale, np.arange(1))
-    return replace(every, numbers=disjoint(every.dataset(), settings.samples), in_flight=IN_FLIGHT)
+    whole = PatchDataset(work / "shards", scale, settings.lr_patch, augment=False, too_small="skip", fixed=True)
+    task = settings.task(work, scale, disjoint(whole, settings.samples))
+    return replace(task, in_flight=IN_FLIGHT)
 
 
 def asked(data: PatchDataset, batch_size: int) -> Ranges:

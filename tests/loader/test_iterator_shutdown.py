@@ -281,13 +281,14 @@ def test_interrupt_loses_no_batch(small: Path, io: str) -> None:
     code = """
     signal.alarm(0)
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.003)
     from loader.pixels import files
     from loader.ahead import advice as mapped
     read, gather = files.Files.read, mapped.MappedReader.gather
     files.Files.read = lambda *a: time.sleep(0.002) or read(*a)
     mapped.MappedReader.gather = lambda *a: time.sleep(0.004) or gather(*a)
-    stream, given, interrupts = iter(loader(epochs=3)), [], 0
+    stream, interrupts = iter(loader(epochs=3)), 0
+    given = [next(stream)]  # an interrupt while threads start ends the iterator
+    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.003)
     while True:
         before = stream.state_dict()["sample"]
         try:
