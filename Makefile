@@ -25,8 +25,8 @@ test-sanitized: $(READY)
 
 # Quick tests with the lowest versions declared in setup.cfg, except torch's.
 LOWEST := .venv-lowest
-QUICK := architecture bad_images build checkpoints cli dataset export images imresize index losses metrics model plan \
-	stage tiles verify
+QUICK := architecture bad_images build checkpoints cli dataset export hr_alone images imresize index losses metrics model plan \
+	stage tiles verify workspace
 
 test-lowest: $(LOWEST)/ready
 	$(LOWEST)/bin/python -m pytest -m "not long" -p no:cacheprovider $(QUICK:%=tests/*/test_%.py)

@@ -5,7 +5,7 @@
 # declared versions, others those of constraints.txt, since the lowest are not built for them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-tests=(tests/*/test_{bad_images,build,cli,images,imresize,index,plan,readahead,resume,room,stage,tiles,verify}.py)
+tests=(tests/*/test_{bad_images,build,cli,images,imresize,index,plan,readahead,resources,resume,stage,tiles,verify}.py)
 packages=(numpy h5py opencv-python-headless pillow tqdm click pytest hypothesis scikit-image setuptools)
 
 if (($# == 0)); then
