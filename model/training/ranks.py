@@ -12,7 +12,6 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from loader.errors import ShardsError, one_line
-from model.checkpoints import CheckpointError
 from model.device import pick_device
 from model.training.threads import limit_threads, own_cores
 
@@ -22,7 +21,7 @@ class RanksError(ShardsError):
 
 
 # Errors a run may meet; any other is a bug and keeps its traceback.
-FAILURES = (ShardsError, CheckpointError, click.ClickException, MemoryError, OSError)
+FAILURES = (ShardsError, click.ClickException, MemoryError, OSError)
 
 
 @dataclass(frozen=True)
