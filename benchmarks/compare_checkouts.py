@@ -32,7 +32,7 @@ print((time.perf_counter() - start) / count)
 ITEMS = """
 import time
 from loader import PatchDataset
-data = PatchDataset({shards!r}, 4, lr_patch=48, length=4096)
+data = PatchDataset({shards!r}, 4, lr_patch=48, length=4096, fixed=True)
 data[0]
 start, count = time.perf_counter(), 0
 while time.perf_counter() - start < {seconds}: data[count % 4096]; count += 1
